@@ -1,0 +1,1 @@
+"""Model families: one short adapter each, and the embedded reference model."""

@@ -1,0 +1,15 @@
+"""Package list only: `models`, `kernels` and `demo` stand at the root of the checkout and are installed under `mmefficient.`"""
+
+from setuptools import find_packages, setup
+
+ROOTS = {
+    "mmefficient": "mmefficient",
+    "mmefficient.models": "models",
+    "mmefficient.kernels": "kernels",
+    "mmefficient.demo": "demo",
+}
+
+setup(
+    package_dir=ROOTS,
+    packages=[name for root, folder in ROOTS.items() for name in (root, *(f"{root}.{sub}" for sub in find_packages(folder)))],
+)
