@@ -1,4 +1,4 @@
-"""Package list only: `models`, `kernels` and `demo` stand at the root of the checkout and are installed under `mmefficient.`"""
+"""Where packages come from: `models`, `kernels` and `demo` stand at the root and are installed under `mmefficient.`"""
 
 from setuptools import find_packages, setup
 
@@ -11,5 +11,9 @@ ROOTS = {
 
 setup(
     package_dir=ROOTS,
-    packages=[name for root, folder in ROOTS.items() for name in (root, *(f"{root}.{sub}" for sub in find_packages(folder)))],
+    packages=[
+        name
+        for root, folder in ROOTS.items()
+        for name in (root, *(f"{root}.{inner}" for inner in find_packages(folder)))
+    ],
 )
