@@ -1,0 +1,10 @@
+"""The embedded model: a small LLaVA in Hugging Face format, its training recipe and the scenes it is measured on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def path() -> Path:
+    """Directory of the embedded checkpoint, in Hugging Face format (``LlavaForConditionalGeneration``)."""
+    return Path(__file__).resolve().parent / "checkpoint"

@@ -1,0 +1,1 @@
+"""Scenes: procedural pictures of everyday objects, with questions whose answers follow from the scene graph."""
