@@ -1,8 +1,8 @@
-"""Draw scenes as pixels: integer arithmetic in plain torch ops, so every device and the compiled form agree bit for bit.
+"""Draw scenes as pixels: integer arithmetic in plain torch ops, so that all devices agree bit for bit.
 
 A *layer* is ``(key, x0, y0)``: what to draw and where its left upper corner goes, in px; it may hang over the border.
-A *key* names one sprite at one size, or one word at one size and style. ``Keys`` does the arithmetic of keys, widths and
-heights from the index alone; only ``load_atlas`` touches pixels.
+A *key* names one sprite at one size, or one word at one size and style. ``Keys`` holds the arithmetic of keys and the
+sizes of their boxes, from the index alone; only ``load_atlas`` touches pixels.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Keys:
         return sprite_id * len(SIZES) + size_index
 
     def word_key(self, word_id: Any, size_index: Any, style: Any) -> Any:
-        """Key of word ``word_id`` (an index into ``catalogue.WORDS``), ``WORD_HEIGHTS[size_index]``, ``STYLES[style]``."""
+        """Key of word ``word_id`` (an index into ``catalogue.WORDS``) at ``WORD_HEIGHTS[size_index]`` px."""
         return self.sprites * len(SIZES) + (word_id * len(WORD_HEIGHTS) + size_index) * len(STYLES) + style
 
 
@@ -59,7 +59,7 @@ class Keys:
 class Atlas:
     """Pixels of every key, on one device.
 
-    pixels  int32 [P]; one premultiplied pixel each: bits 0-7 are 255 - alpha, 8-15 red, 16-23 green, 24-31 blue.
+    pixels  int32 [P]; one premultiplied pixel each: bits 0-7 red, 8-15 green, 16-23 blue, 24-31 alpha.
             Pixel 0 is transparent; it is what lies outside every sprite.
     boxes   int32 [keys + 1, 3]; offset into ``pixels``, width, height. The last row, which key -1 reaches, is empty.
     keys    the arithmetic of keys
@@ -93,13 +93,13 @@ def _scaled_sprites(keys: Keys) -> list[npt.NDArray[np.uint8]]:
     rects, _ = _index()
     with Image.open(ATLAS / "sprites.png") as file:
         sheet = file.convert("RGBa")
-    out = []
-    for key in range(keys.sprites * len(SIZES)):
-        x, y, w, h = rects[key // len(SIZES)].tolist()
-        size = int(keys.widths[key]), int(keys.heights[key])
-        # BILINEAR has no negative lobes, so a premultiplied channel never exceeds its alpha and blending cannot overflow.
-        image = sheet.resize(size, Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
-        out.append(np.asarray(image).reshape(-1, 4))
+    out: list[npt.NDArray[np.uint8]] = []
+    for sprite, (x, y, w, h) in enumerate(rects.tolist()):
+        master = sheet.crop((x, y, x + w, y + h))
+        first = keys.sprite_key(sprite, 0)
+        for size in zip(keys.widths[first : first + len(SIZES)], keys.heights[first : first + len(SIZES)], strict=True):
+            # BILINEAR has no negative lobes, so premultiplied colour never exceeds alpha and blending cannot overflow.
+            out.append(np.asarray(master.resize(size, Image.Resampling.BILINEAR)).reshape(-1, 4))
     return out
 
 
@@ -107,16 +107,17 @@ def _printed_words(keys: Keys) -> list[npt.NDArray[np.uint8]]:
     """RGBA pixels [n, 4] of every word key in order: ink over an opaque plate."""
     _, rects = _index()
     ink, plate = np.array(STYLES, np.int32).transpose(1, 0, 2)[..., None, None, :]  # [styles, 1, 1, rgb] each
-    out = []
-    with Image.open(ATLAS / "words.png") as sheet:
-        for key in range(keys.sprites * len(SIZES), len(keys.widths), len(STYLES)):
-            word = (key - keys.sprites * len(SIZES)) // (len(WORD_HEIGHTS) * len(STYLES))
-            x, y, w, h = rects[word].tolist()
-            inner = int(keys.widths[key]) - 2 * MARGIN, int(keys.heights[key]) - 2 * MARGIN
-            mask = np.pad(sheet.resize(inner, Image.Resampling.BILINEAR, box=(x, y, x + w, y + h)), MARGIN)
-            cover = mask.astype(np.int32)[..., None]
-            rgb = (ink * cover + plate * (255 - cover) + 127) // 255
-            rgba = np.concatenate([rgb, np.full_like(rgb[..., :1], 255)], -1).astype(np.uint8)
+    out: list[npt.NDArray[np.uint8]] = []
+    with Image.open(ATLAS / "words.png") as file:
+        sheet = file.convert("L")
+    for word, (x, y, w, h) in enumerate(rects.tolist()):
+        master = sheet.crop((x, y, x + w, y + h))
+        for size in range(len(WORD_HEIGHTS)):
+            key = keys.word_key(word, size, 0)
+            inner = (keys.widths[key] - 2 * MARGIN, keys.heights[key] - 2 * MARGIN)
+            cover = np.pad(np.asarray(master.resize(inner, Image.Resampling.BILINEAR), np.int32), MARGIN)[..., None]
+            rgba = np.full((len(STYLES), *cover.shape[:2], 4), 255, np.uint8)
+            rgba[..., :3] = (ink * cover + plate * (255 - cover) + 127) // 255
             out.extend(rgba.reshape(len(STYLES), -1, 4))
     return out
 
@@ -126,21 +127,18 @@ def load_atlas(device: str | torch.device = "cpu") -> Atlas:
     """Scale every sprite and word to every size and put the pixels on ``device``. About a second; kept per device."""
     keys = load_keys()
     blocks = [np.array([[0, 0, 0, 0]], np.uint8), *_scaled_sprites(keys), *_printed_words(keys)]
-    rgba = np.concatenate(blocks)
-    packed = np.empty_like(rgba)
-    packed[:, 0], packed[:, 1:] = 255 - rgba[:, 3], rgba[:, :3]
+    packed = np.concatenate(blocks).view("<i4")[:, 0]
     area = keys.widths * keys.heights
     offsets = 1 + np.cumsum(area) - area
     boxes = np.zeros((len(area) + 1, 3), np.int32)
     boxes[:-1] = np.stack([offsets, keys.widths, keys.heights], 1)
-    pixels = torch.from_numpy(packed.view("<i4")[:, 0].astype(np.int32))
+    pixels = torch.from_numpy(packed.astype(np.int32, copy=False))
     return Atlas(pixels.to(device), torch.from_numpy(boxes).to(device), keys)
 
 
 def _over_255(x: Tensor) -> Tensor:
     """x / 255 to the nearest integer, exactly, for 0 <= x <= 255²."""
-    x = x + 128
-    return (x + (x >> 8)) >> 8
+    return (x * 257 + 0x8080) >> 16
 
 
 def _hash(x: Tensor, y: Tensor, seed: Tensor) -> Tensor:
@@ -180,8 +178,11 @@ def _layer_pixels(layers: Tensor, k: int, x: Tensor, y: Tensor, atlas: Atlas) ->
     key, x0, y0 = (column[:, None, None] for column in layers[:, k].unbind(1))
     offset, width, height = atlas.boxes[torch.where(key < 0, atlas.boxes.shape[0] - 1, key)].unbind(-1)
     column, row = x - x0, y - y0
-    inside = ((column >= 0) & (column < width)) & ((row >= 0) & (row < height))
-    return atlas.pixels[torch.where(inside, (offset + row * width) + column, 0)]
+    in_column, in_row = (column >= 0) & (column < width), (row >= 0) & (row < height)
+    # Products of one row and one column factor, and a one-dimensional gather: several times quicker in eager mode than
+    # a mask, a select and a two-dimensional index.
+    index = (offset + row * width + column) * in_column.to(torch.int32) * in_row.to(torch.int32)
+    return atlas.pixels.index_select(0, index.reshape(-1)).view(index.shape)
 
 
 def _axes(layers: Tensor, atlas: Atlas) -> tuple[Tensor, Tensor]:
@@ -204,7 +205,7 @@ def render(layers: Tensor, background: Tensor, atlas: Atlas) -> Tensor:
     returns     uint8 [B, 3, 336, 336], RGB.
     raises      ValueError for a wrong shape, or layers on another device than the atlas.
 
-    Each layer is alpha-composited in 8 bits: ``out = colour + round(below * (255 - alpha) / 255)``, colour premultiplied.
+    Each layer is composited in 8 bits: ``out = colour + round(below * (255 - alpha) / 255)``, colour premultiplied.
     """
     x, y = _axes(layers, atlas)
     if background.shape != (layers.shape[0], 8):
@@ -213,8 +214,8 @@ def render(layers: Tensor, background: Tensor, atlas: Atlas) -> Tensor:
     canvas = _background(background.to(torch.int32), x, y)
     for k in range(layers.shape[1]):
         pixel = _layer_pixels(layers, k, x, y, atlas)
-        through = pixel & 255
-        canvas = [(pixel >> shift & 255) + _over_255(c * through) for c, shift in zip(canvas, (8, 16, 24), strict=True)]
+        through = ~pixel >> 24 & 255
+        canvas = [(pixel >> shift & 255) + _over_255(c * through) for c, shift in zip(canvas, (0, 8, 16), strict=True)]
     return torch.stack(canvas, 1).to(torch.uint8)
 
 
@@ -230,6 +231,6 @@ def label_map(layers: Tensor, labels: Tensor, atlas: Atlas) -> Tensor:
     layers, labels = layers.to(torch.int32), labels.to(torch.int16)
     out = torch.full((layers.shape[0], CANVAS, CANVAS), -1, dtype=torch.int16, device=layers.device)
     for k in range(layers.shape[1]):
-        seen = (_layer_pixels(layers, k, x, y, atlas) & 255) < 128
+        seen = _layer_pixels(layers, k, x, y, atlas) < 0  # the sign bit is the highest bit of alpha
         out = torch.where(seen, labels[:, k, None, None], out)
     return out
