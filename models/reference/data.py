@@ -17,18 +17,17 @@ from transformers import LlavaProcessor
 
 from .build import PATCHES
 from .scenes.catalogue import OBJECTS, WORDS
-from .scenes.render import scene_tensors
-from .scenes.sample import Dice, Scene, sample_scene
+from .scenes.sample import Dice, Scene, sample_scene, scene_tensors
 from .scenes.splits import KINDS, training_question
 
 MAX_LAYERS = 14  # drawn layers per scene: clutter, things and a word
-SINGLE, TURNS, CAPTION = 24, 48, 64  # tokens per slot: one turn, two turns, a caption
-SLOTS = (SINGLE,) * 20 + (TURNS,) * 2 + (CAPTION,)
-RECIPE = ("existence-random",) * 7 + ("count",) * 3 + ("position",) * 3 + ("relation",) * 3
+SINGLE, TURNS, CAPTION = 20, 40, 48  # tokens per slot: one turn, two turns, a caption
+SLOTS = (SINGLE,) * 22 + (TURNS,) * 2 + (CAPTION,)
+RECIPE = ("existence-random",) * 7 + ("count",) * 4 + ("position",) * 3 + ("relation",) * 4
 RECIPE += ("two-hop", "colour", "reading", "comparison")
 MIXED = ("existence-random", "count", "position", "relation", "two-hop", "colour", "reading", "comparison")
-MAX_ANSWER = 168  # answer tokens per picture
-MAX_POINTS = 48  # object names in questions per picture
+MAX_ANSWER = 96  # answer tokens per picture
+MAX_POINTS = 40  # object names in questions per picture
 IGNORE = -100
 
 # dense patch labels: background, clutter, then every object sprite, then every word

@@ -8,7 +8,6 @@ Both fade out during training.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from transformers import AttentionInterface, LlavaForConditionalGeneration, Llav
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .build import IMAGE_SIZE, PATCH, PATCHES
-from .data import CAPTION, DENSE_LABELS, IGNORE, MAX_LAYERS, Batches, Layout
+from .data import DENSE_LABELS, IGNORE, MAX_LAYERS, Batches, Layout
 from .scenes.catalogue import OBJECTS
 from .scenes.render import Atlas, label_map, render
 from .scenes.splits import KINDS
@@ -43,8 +42,16 @@ def slot_attention(
 class Objective(nn.Module):
     """Losses of one batch. Auxiliary heads live here and are thrown away with it."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, batches: Batches, atlas: Atlas) -> None:
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        processor: LlavaProcessor,
+        batches: Batches,
+        atlas: Atlas,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
         AttentionInterface.register(ATTENTION, slot_attention)
         model.model.language_model.config._attn_implementation = ATTENTION
         self.model, self.atlas, self.layout = model, atlas, batches.layout
@@ -87,13 +94,13 @@ class Objective(nn.Module):
 
     def pixels(self, batch: dict[str, Tensor]) -> Tensor:
         raw = render(batch["layers"], batch["background"], self.atlas)
-        return ((raw.float() - self.mean) / self.std).bfloat16()
+        return ((raw.float() - self.mean) / self.std).to(self.dtype)
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Tower features of the patches (hidden state -2) [B, P, D] and the final CLS state [B, D]."""
         tower = self.model.model.vision_tower
         tower = getattr(tower, "vision_model", tower)
-        hidden = features = tower.pre_layrnorm(tower.embeddings(pixels)).bfloat16()
+        hidden = features = tower.pre_layrnorm(tower.embeddings(pixels)).to(self.dtype)
         for layer in tower.encoder.layers:
             features, hidden = hidden, layer(hidden, attention_mask=None)
         return features[:, 1:], tower.post_layernorm(hidden[:, 0])
@@ -115,7 +122,7 @@ class Objective(nn.Module):
     def look(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses of the tower alone."""
         truth = self.truth(batch)
-        with torch.autocast(self.mean.device.type, torch.bfloat16):
+        with self.autocast():
             features, summary = self.see(self.pixels(batch))
             return self.tower_losses(features, summary, truth, batch["present"])
 
@@ -158,17 +165,20 @@ class Objective(nn.Module):
         absent = (~present & (named >= 0))[..., None]
         return torch.cat([absent, match & (named >= 0)[..., None]], -1)
 
-    def forward(self, batch: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
-        """All losses. ``weights``: fp32 [3], of the align, point and tower losses."""
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.mean.device.type, torch.bfloat16, enabled=self.dtype != torch.float32)
+
+    def logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits fp32 [B, A, vocabulary] at ``batch["rows"]``, and the auxiliary losses."""
         truth = self.truth(batch)
-        with torch.autocast(self.mean.device.type, torch.bfloat16):
+        with self.autocast():
             features, summary = self.see(self.pixels(batch))
             out = self.tower_losses(features, summary, truth, batch["present"])
             visual = self.model.model.multi_modal_projector(features)
             out["align"] = self.align_loss(visual, truth["cls"])
-            text = self.model.get_input_embeddings()(batch["tokens"]).bfloat16()
+            text = self.model.get_input_embeddings()(batch["tokens"])
             end = self.image_start + PATCHES
-            hidden = torch.cat([text[:, : self.image_start], visual.bfloat16(), text[:, end:]], 1)
+            hidden = torch.cat([part.to(self.dtype) for part in (text[:, : self.image_start], visual, text[:, end:])], 1)
             lm = self.model.model.language_model
             cos, sin = lm.rotary_emb(hidden, self.positions)
             targets = self.point_targets(batch, truth["cls"])
@@ -179,7 +189,11 @@ class Objective(nn.Module):
                 hidden = layer(hidden, attention_mask=None, position_embeddings=(cos, sin), layout_mask=self.mask)
             out["point"] = point / len(POINT_LAYERS)
             rows = batch["rows"][..., None].expand(-1, -1, hidden.shape[-1])
-            logits = self.model.lm_head(lm.norm(hidden.gather(1, rows))).float()
+            return self.model.lm_head(lm.norm(hidden.gather(1, rows))).float(), out
+
+    def forward(self, batch: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+        """All losses. ``weights``: fp32 [3], of the align, point and tower losses."""
+        logits, out = self.logits(batch)
         labels = batch["labels"]
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none").view_as(labels)
         known = (labels != IGNORE).float()

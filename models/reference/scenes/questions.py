@@ -33,24 +33,13 @@ OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"
 ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 
 
-def with_article(name: str) -> str:
-    """The name behind "a", "an" or, for names that are plural already, nothing."""
-    cls = _BY_NAME[name]
-    if cls.plural == name:
-        return name
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-_BY_NAME = {cls.name: cls for cls in OBJECTS}
-
-
 def _single(scene: Scene) -> list[Thing]:
     return [group[0] for group in scene.classes.values() if len(group) == 1]
 
 
 def ask_existence(dice: Dice, cls: int, present: bool) -> QA:
     """Whether class ``cls`` is in the picture; the caller knows the answer."""
-    return dice.pick(EXISTENCE).format(a=with_article(OBJECTS[cls].name)), "yes" if present else "no"
+    return dice.pick(EXISTENCE).format(a=OBJECTS[cls].indefinite), "yes" if present else "no"
 
 
 def ask_count(scene: Scene, dice: Dice) -> QA | None:
@@ -154,7 +143,7 @@ def caption(scene: Scene) -> str:
     parts = []
     for group in groups:
         cls = OBJECTS[group[0].cls]
-        parts.append(with_article(cls.name) if len(group) == 1 else f"{NUMBERS[len(group)]} {cls.plural}")
+        parts.append(cls.indefinite if len(group) == 1 else f"{NUMBERS[len(group)]} {cls.plural}")
     if not parts:
         return "nothing."
     return (", ".join(parts[:-1]) + " and " if len(parts) > 1 else "") + parts[-1] + "."

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from .catalogue import CLUTTER, OBJECTS, THEMES, WORDS, ObjectClass
-from .render import CANVAS, NUM_SIZES, NUM_WORD_SIZES, NUM_WORD_STYLES, key_table
+from .render import BACKGROUNDS, CANVAS, EMPTY, SIZES, STYLES, WORD_HEIGHTS, load_keys
 
 T = TypeVar("T")
 
@@ -170,16 +173,17 @@ def _place(dice: Dice, w: int, h: int, boxes: list[Box], hidden: list[float], ov
 
 
 def _background(dice: Dice, theme: str) -> tuple[int, ...]:
-    """(kind, colour A, colour B, scale): the colours lean to a hue that belongs to the theme."""
+    """A background for `render`: its colours lean to a hue that belongs to the theme."""
     base = Dice(f"palette/{theme}")
     anchor = [base.between(90, 235) for _ in range(3)]
     a, b = ([min(255, max(0, c + dice.between(-40, 40))) for c in anchor] for _ in range(2))
-    return (dice.below(7), *a, *b, dice.between(6, 60))
+    return (dice.below(len(BACKGROUNDS)), *a, *b, dice.between(8, 80) + 256 * dice.below(4096))
 
 
 def sample_scene(dice: Dice, *, counterfactual: bool = False) -> Scene:
     """Draw a scene of 1 to 10 objects; ``counterfactual`` ignores themes for objects and background alike."""
-    width, height = key_table().width, key_table().height
+    keys = load_keys()
+    width, height = keys.widths, keys.heights
     theme = dice.pick(THEMES)
     classes = _draw_classes(dice, None if counterfactual else theme, dice.between(1, 6))
     counts = [1 + (dice.chance(0.2)) for _ in classes]
@@ -188,19 +192,19 @@ def sample_scene(dice: Dice, *, counterfactual: bool = False) -> Scene:
     wanted = [cls for cls, n in zip(classes, counts, strict=True) for _ in range(n)]
     if len(wanted) > MAX_OBJECTS:
         wanted = dice.shuffled(wanted)[:MAX_OBJECTS]
-    top = NUM_SIZES - 1 - max(0, len(wanted) - 4)  # crowded pictures hold smaller objects
+    top = len(SIZES) - 1 - max(0, len(wanted) - 4)  # crowded pictures hold smaller objects
     boxes: list[Box] = []
     hidden: list[float] = []
     layers: list[tuple[int, int, int]] = []
     for _ in range(dice.between(0, 3)):
-        key = key_table().sprite_key(dice.pick(CLUTTER), dice.below(NUM_SIZES // 2))
+        key = keys.sprite_key(dice.pick(CLUTTER), dice.below(len(SIZES) // 2))
         layers.append((key, dice.below(CANVAS - int(width[key])), dice.below(CANVAS - int(height[key]))))
     things: list[Thing] = []
     variants = {cls: dice.below(len(OBJECTS[cls].sprites)) for cls in classes}
     # big ones first: they are the hardest to place and belong behind
     for size, cls in sorted(((dice.below(top + 1), cls) for cls in dice.shuffled(wanted)), key=lambda p: -p[0]):
         variant = variants[cls]
-        key = key_table().sprite_key(OBJECTS[cls].sprites[variant], size)
+        key = keys.sprite_key(OBJECTS[cls].sprites[variant], size)
         box = _place(dice, int(width[key]), int(height[key]), boxes, hidden, overhang=0.1)
         if box is not None:
             things.append(Thing(cls, variant, key, *box))
@@ -208,10 +212,18 @@ def sample_scene(dice: Dice, *, counterfactual: bool = False) -> Scene:
     word = None
     if dice.chance(0.5):
         index = dice.below(len(WORDS))
-        key = key_table().word_key(index, dice.below(NUM_WORD_SIZES), dice.below(NUM_WORD_STYLES))
+        key = keys.word_key(index, dice.below(len(WORD_HEIGHTS)), dice.below(len(STYLES)))
         box = _place(dice, int(width[key]), int(height[key]), boxes, hidden, overhang=0.0)
         if box is not None:
             word = WORDS[index]
             layers.append((key, box[0], box[1]))
     ground = dice.pick(THEMES) if counterfactual else theme
     return Scene(tuple(things), word, tuple(layers), _background(dice, ground), ground)
+
+
+def scene_tensors(scenes: Sequence[Scene], max_layers: int | None = None) -> tuple[Tensor, Tensor]:
+    """Arguments of `render` for several scenes: layers int32 [B, K, 3], padded with empty ones, and background [B, 8]."""
+    size = max((len(scene.layers) for scene in scenes), default=0) if max_layers is None else max_layers
+    empty = (EMPTY, 0, 0)
+    layers = [[*scene.layers, *[empty] * (size - len(scene.layers))] for scene in scenes]
+    return torch.tensor(layers, dtype=torch.int32), torch.tensor([scene.background for scene in scenes], dtype=torch.int32)

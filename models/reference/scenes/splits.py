@@ -20,8 +20,8 @@ from PIL import Image
 from ....errors import InputError
 from .catalogue import OBJECTS
 from .questions import ASK, ask_existence
-from .render import load_atlas, render, scene_tensors
-from .sample import Dice, Scene, sample_scene, theme_members
+from .render import load_atlas, render
+from .sample import Dice, Scene, sample_scene, scene_tensors, theme_members
 
 EXISTENCE_KINDS = ("existence-random", "existence-popular", "existence-adversarial", "existence-counterfactual")
 KINDS = (*EXISTENCE_KINDS, *ASK)
