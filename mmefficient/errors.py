@@ -1,4 +1,4 @@
-"""Typed errors. Every message says what was wrong and what to do about it; the command line prints it and exits with 2."""
+"""Typed errors. Each says what was wrong and what to do about it; the command line prints it and exits with 2."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 
 from mmefficient.errors import InputError
 
-ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | torch.Tensor
+Encoded = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]
+ImageSource = Encoded | Image.Image | np.ndarray | torch.Tensor
 
 _CHANNELS = (1, 3, 4)
 _WARNING_FILTER = threading.Lock()  # warnings.catch_warnings changes process-wide state
@@ -24,9 +25,9 @@ _WARNING_FILTER = threading.Lock()  # warnings.catch_warnings changes process-wi
 def load_image(source: ImageSource) -> Image.Image:
     """Read `source` and return an RGB image of its own (never a view of the caller's).
 
-    `source` is a path, encoded bytes, a binary file, a PIL image, a numpy array (H, W[, C]) or a torch tensor ([C,] H, W),
-    with C of 1, 3 or 4; the other channel order is accepted where it is unambiguous. Arrays hold uint8 or bool,
-    uint16 (full range), or floats in [0, 1].
+    `source` is a path, encoded bytes, a binary file, a PIL image, a numpy array (H, W[, C]) or a torch tensor
+    ([C,] H, W), with C of 1, 3 or 4; the other channel order is accepted where it is unambiguous. Arrays hold uint8 or
+    bool, uint16 (full range), or floats in [0, 1].
 
     The EXIF orientation is applied, transparency is composed over white, 16-bit grey is scaled by 1/257, and of an
     animation the first frame is taken. Pillow's limit against decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`)
@@ -135,5 +136,5 @@ def _to_bytes(array: np.ndarray) -> np.ndarray:
         raise InputError(f"An array of {array.dtype} is not a picture; use uint8, uint16, bool, or floats in [0, 1].")
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):
-        raise InputError(f"Float pictures must lie in [0, 1], this one spans [{low:g}, {high:g}]; scale it or use uint8.")
+        raise InputError(f"Float pictures lie in [0, 1], this one spans [{low:g}, {high:g}]; scale it or use uint8.")
     return (array * 255).round().astype(np.uint8)

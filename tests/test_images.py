@@ -136,8 +136,8 @@ def noise() -> Image.Image:
         (np.zeros((1, 3, 4, 4), np.uint8), "is not a picture"),
         (torch.zeros(2, 5, 5), r"it must be \(\[C,\] H, W\)"),
         (np.zeros((4, 4), np.int64), "int64"),
-        (np.full((4, 4), 3.0), r"must lie in \[0, 1\]"),
-        (np.full((4, 4), np.nan), r"must lie in \[0, 1\]"),
+        (np.full((4, 4), 3.0), r"pictures lie in \[0, 1\]"),
+        (np.full((4, 4), np.nan), r"pictures lie in \[0, 1\]"),
         (7, "cannot be read from a int"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Measuring: timers, floors, and one command per published table."""

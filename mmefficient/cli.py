@@ -1,0 +1,193 @@
+"""The command line. Heavy imports stay inside the commands, so that help and typing mistakes answer at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmefficient import __version__
+from mmefficient.errors import InputError, MMEfficientError
+
+if TYPE_CHECKING:
+    from mmefficient.vlm import Answer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Vision-language models with fewer visual tokens: ask, compare, evaluate.",
+)
+
+Model = Annotated[str, typer.Option(help="Folder in Hugging Face format, hub id, or 'reference' (embedded).")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on the CPU.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def main() -> None:
+    """Entry point: what a user can put right is one sentence on stderr and exit code 2."""
+    try:
+        app(prog_name="mmefficient")
+    except MMEfficientError as error:
+        print(f"mmefficient: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmefficient {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="Examples:\n\nmmefficient ask sample 'Describe the image.'\n\n"
+    "mmefficient ask sample 'Describe the image.' --plan 'fastv(layer=2,keep=0.25)' --compare\n\n"
+    "mmefficient ask kitchen.png 'How many cups are there?' --model llava-hf/llava-1.5-7b-hf --json"
+)
+def ask(
+    image: Annotated[str, typer.Argument(help="Path of a picture, or 'sample' for the bundled one.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: Model = "reference",
+    plan: Annotated[str, typer.Option(help="Methods to apply, such as 'fastv(layer=2,keep=0.25)+exit(layer=8)'.")] = "",
+    compare: Annotated[bool, typer.Option("--compare", help="Answer without the plan too, and show both.")] = False,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
+) -> None:
+    """Ask a question about a picture; with --plan, also show what the plan kept and where the time went."""
+    from mmefficient.images import load_image
+
+    _quiet()
+    picture = load_image(_picture(image))  # before the model: a mistyped path should answer at once
+    from mmefficient.vlm import VLM
+
+    vlm = VLM.from_pretrained(model, plan=plan, device=device, dtype=dtype)
+    if compare and not vlm.plan:
+        raise InputError("--compare needs a --plan to compare with, such as 'fastv(layer=2,keep=0.25)'.")
+    if compare:  # the first call pays for lazy initialisation, which would be held against whatever runs first
+        vlm.ask(picture, question, plan="none", max_new_tokens=1)
+    plain = vlm.ask(picture, question, plan="none", max_new_tokens=max_new_tokens) if compare else None
+    answer = vlm.ask(picture, question, max_new_tokens=max_new_tokens)
+    if as_json:
+        found = {"model": model, "device": str(vlm.model.device), "dtype": _dtype_name(vlm), **_as_dict(answer)}
+        if plain is not None:
+            found["without_plan"] = _as_dict(plain)
+        print(json.dumps(found))
+    else:
+        from mmefficient.console import print_answers
+
+        print_answers(answer, plain)
+
+
+@app.command(epilog="Examples:\n\nmmefficient methods\n\nmmefficient methods --json")
+def methods(as_json: AsJson = False) -> None:
+    """List the methods a plan can name, with their fields and papers."""
+    from mmefficient.console import describe_methods, print_methods
+
+    found = describe_methods()
+    if as_json:
+        print(json.dumps({"methods": found}))
+    else:
+        print_methods(found)
+
+
+@app.command(
+    name="eval",
+    epilog="Examples:\n\nmmefficient eval --task scenes --plan 'fastv(layer=2,keep=0.25)' --limit 50\n\n"
+    "mmefficient eval --task scenes --plan 'random(keep=0.25,seed=0)' --plan 'grid(keep=0.25)' --out results/",
+)
+def evaluate(
+    task: Annotated[str, typer.Option(help="What to evaluate on.")] = "scenes",
+    plan: Annotated[
+        list[str] | None, typer.Option(help="A plan to measure against no plan; repeat the option for more.")
+    ] = None,
+    model: Model = "reference",
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions per kind; all if not given.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="Only this kind of question; repeat for more.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.json, report.md and the answers so far.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per batch; 16 on a CPU, else 128.")] = None,
+    check_flips: Annotated[int, typer.Option(min=0, help="Ask this many again alone, to count changed answers.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure plans on a task: every metric with its 95 % interval, and its paired difference to no plan."""
+    from mmefficient.evaluation import run_eval
+    from mmefficient.evaluation.markdown import markdown
+
+    _quiet()
+    report = run_eval(
+        task,
+        plan or [],
+        model,
+        limit=limit,
+        kinds=kind,
+        out=out,
+        batch_size=batch_size,
+        check_flips=check_flips,
+        device=device,
+        dtype=dtype,
+    )
+    print(markdown(report))
+
+
+@app.command(epilog="Examples:\n\nmmefficient env\n\nmmefficient env --json")
+def env(as_json: AsJson = False) -> None:
+    """Show versions and hardware, for bug reports."""
+    from mmefficient.environment import collect
+
+    facts = collect()
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        from mmefficient.console import print_environment
+
+        print_environment(facts)
+
+
+def _quiet() -> None:
+    """Keep stderr for our own sentences."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _picture(image: str) -> str:
+    if image != "sample":
+        return image
+    from mmefficient.models import reference
+
+    return str(reference.sample_picture())
+
+
+def _dtype_name(vlm: Any) -> str:
+    return str(vlm.model.dtype).removeprefix("torch.")
+
+
+def _as_dict(answer: Answer) -> dict[str, Any]:
+    report = answer.report
+    row = report.rows[0]
+    return {
+        "plan": report.plan,
+        "answer": answer.text,
+        "visual_tokens": {"total": row.visual_total, "kept_per_layer": list(row.kept_per_layer)},
+        "stages_ms": {name: round(ms, 3) for name, ms in report.stages_ms.items()},
+        "generated_tokens": report.generated_tokens,
+        "prefill_flops": report.prefill_flops,
+        "prefill_flops_without_plan": report.prefill_flops_without_plan,
+    }
