@@ -1,0 +1,99 @@
+"""Batched greedy answers from a stock model and its processor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmefficient.bench.timers import StageTimer
+from mmefficient.evaluation.answers import Answer
+from mmefficient.evaluation.task import Record, Task
+from mmefficient.vlm import user_message
+
+
+def batches(records: Sequence[Record], size: int) -> list[list[Record]]:
+    """Cuts `records` into batches of at most `size`, each of one kind, in order: a function of its arguments alone."""
+    result: list[list[Record]] = []
+    for record in records:
+        if not result or len(result[-1]) == size or result[-1][0].kind != record.kind:
+            result.append([])
+        result[-1].append(record)
+    return result
+
+
+class Asker:
+    """Asks one loaded model the questions of one task, greedily, in left-padded batches."""
+
+    def __init__(self, model: Any, processor: Any, task: Task) -> None:
+        self.model, self.processor, self.task = model, processor, task
+        stop = model.generation_config.eos_token_id
+        self._stop = torch.tensor([stop] if isinstance(stop, int) else list(stop or []), dtype=torch.long)
+
+    def ask(self, records: Sequence[Record], run: Any) -> list[Answer]:
+        """Answers to records of one kind, from the model as the plan behind `run` left it."""
+        with StageTimer(self.model) as timer:
+            with timer.preprocess():
+                inputs = self._inputs(records)
+            output = self.model.generate(
+                **inputs,
+                max_new_tokens=self.task.kinds[records[0].kind].max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,  # a checkpoint's sampling defaults would only be warned about
+                top_p=None,
+                top_k=None,
+                pad_token_id=self.processor.tokenizer.pad_token_id,
+            )
+            new = output[:, inputs["input_ids"].shape[1] :].cpu()
+        return self._answers(records, new, timer.stages_ms, run.report())
+
+    def _inputs(self, records: Sequence[Record]) -> Any:
+        pictures = self.task.pictures(records, self.model.device)
+        inputs = self.processor.apply_chat_template(
+            [[user_message([picture], record.question)] for picture, record in zip(pictures, records, strict=True)],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+        return inputs.to(self.model.device, dtype=self.model.dtype)
+
+    def _answers(self, records: Sequence[Record], new: Tensor, stages: dict[str, float], report: Any) -> list[Answer]:
+        count = len(records)
+        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        finished = torch.isin(new, self._stop).any(dim=1).tolist()
+        return [
+            Answer(
+                id=record.id,
+                text=text.strip(),
+                truncated=not done,
+                visual_tokens=sum(row.kept_per_layer) / len(row.kept_per_layer),
+                visual_total=row.visual_total,
+                prefill_flops=report.prefill_flops / count,
+                prefill_flops_without_plan=report.prefill_flops_without_plan / count,
+                ms={name: round(value / count, 4) for name, value in stages.items()},
+            )
+            for record, text, done, row in zip(records, texts, finished, report.rows, strict=True)
+        ]
+
+
+def fingerprint(model: Any, processor: Any) -> str:
+    """A hash of what decides a checkpoint's answers: configuration, chat template and values of every parameter.
+
+    Of each parameter up to 4096 evenly spaced values enter, as float32, so it takes seconds for billions of parameters
+    and does not depend on the directory or the shards that the weights came from.
+    """
+    sha = hashlib.sha256()
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "dtype")}
+    sha.update(repr(config).encode())
+    sha.update(repr(getattr(processor, "chat_template", None)).encode())
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        values = values[:: max(1, values.numel() // 4096)].float().cpu()
+        sha.update(f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes())
+    return sha.hexdigest()[:16]

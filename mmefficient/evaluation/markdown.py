@@ -1,0 +1,90 @@
+"""The report as a page to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+NOISE = "~"  # marks a difference whose interval includes zero
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Tables of costs, metrics and paired differences (shares in percent), then how to repeat the run."""
+    plans = report["plans"]
+    units = report["settings"]["units"]
+    names = list(plans[0]["metrics"])
+    header = ["metric", *(f"`{plan['plan']}`" for plan in plans)]
+    parts = [
+        f"# {report['task']}",
+        _table(
+            ["plan", "visual tokens", "prefill FLOPs", "seconds", "questions/s", "flips"],
+            [[f"`{plan['plan']}`", *_cost(plan)] for plan in plans],
+        ),
+        "Visual tokens: mean over questions and decoder layers. Prefill FLOPs: relative to no plan. Flips: answers "
+        "that changed when a question was asked alone instead of in a batch.",
+        "## Metrics",
+        _table(
+            [*header[:1], "n", *header[1:]],
+            [
+                [name, str(plans[0]["metrics"][name]["n"])]
+                + [_value(plan["metrics"][name], units.get(name)) for plan in plans]
+                for name in names
+            ],
+        ),
+        "In percent unless the row names a unit, with 95 % bootstrap intervals over pictures.",
+    ]
+    if len(plans) > 1:
+        parts += [
+            f"## Differences to `{plans[0]['plan']}`",
+            _table(
+                [header[0], *header[2:]],
+                [[name, *(_difference(plan["paired"][name], units.get(name)) for plan in plans[1:])] for name in names],
+            ),
+            f"Paired, in percentage points unless the row names a unit; {NOISE} marks an interval that includes zero.",
+        ]
+    parts += ["## How it was made", _facts(report["settings"]), "## Environment", _facts(report["environment"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cost(plan: Mapping[str, Any]) -> list[str]:
+    flips, ratio, seconds = plan["flips"], plan["prefill_flops_ratio"], plan["seconds"]
+    return [
+        f"{plan['visual_tokens']:.1f} of {plan['visual_tokens_without_plan']:.1f}",
+        "–" if ratio is None else f"{100 * ratio:.1f} %",
+        f"{seconds:.1f}",
+        f"{plan['questions'] / seconds:.1f}" if seconds else "–",
+        f"{flips['flipped']} of {flips['checked']}" if flips["checked"] else "not checked",
+    ]
+
+
+def _value(entry: Mapping[str, Any], unit: str | None) -> str:
+    return _interval(entry, unit, lambda x: f"{x:.1f}")
+
+
+def _difference(entry: Mapping[str, Any], unit: str | None) -> str:
+    text = _interval(entry, unit, lambda x: f"{x:+.1f}".replace("-", "−"))
+    return text if entry["low"] is None or not entry["low"] <= 0 <= entry["high"] else f"{text} {NOISE}"
+
+
+def _interval(entry: Mapping[str, Any], unit: str | None, form: Callable[[float], str]) -> str:
+    if entry["value"] is None or entry["low"] is None:
+        return "–"
+    value, low, high = (form(entry[key] * (1 if unit else 100)) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]{f' {unit}' if unit else ''}"
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {name}: {_fact(value)}" for name, value in facts.items())
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_fact(inner)}" for name, inner in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return "; ".join(map(_fact, value)) or "none"
+    return "none" if value is None else str(value)

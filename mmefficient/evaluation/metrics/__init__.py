@@ -1,0 +1,1 @@
+"""Scorers: functions from records and outputs to named `Ratio`s."""

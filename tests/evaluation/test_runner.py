@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmefficient.errors import InputError
+from mmefficient.evaluation import Record, Task, run_eval
+from mmefficient.evaluation.generation import Asker, batches, fingerprint
+from mmefficient.vlm import VLM
+
+PLAN = "grid(keep=0.25)"
+
+
+def numbers(report: dict[str, Any]) -> str:
+    """What must not depend on kills and batch sizes."""
+    kept = ("plan", "metrics", "paired", "visual_tokens", "questions")
+    return json.dumps([{key: plan[key] for key in kept} for plan in report["plans"]])
+
+
+def texts(folder: Path) -> dict[str, list[str | None]]:
+    return {
+        path.name: [json.loads(line).get("text") for line in path.read_text().splitlines()]
+        for path in folder.glob("*.jsonl")
+    }
+
+
+def evaluate(task: Task, vlm: VLM, out: Path | None = None, **options: Any) -> dict[str, Any]:
+    return run_eval(task, [PLAN], vlm, out=out, resamples=50, **{"batch_size": 3, **options})
+
+
+def test_report_has_every_kind_for_every_plan(task: Task, vlm: VLM, tmp_path: Path) -> None:
+    report = evaluate(task, vlm, tmp_path, check_flips=5)
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert [plan["plan"] for plan in report["plans"]] == ["none", PLAN]
+    none, grid = report["plans"]
+    assert none["metrics"].keys() == grid["metrics"].keys() == grid["paired"].keys()
+    assert {"existence/f1", "colour/accuracy", "caption/chair_i", "mean/accuracy"} <= none["metrics"].keys()
+    assert none["paired"] == {}
+    assert all(entry.keys() == {"value", "low", "high", "n"} for entry in grid["metrics"].values())
+    assert none["metrics"]["mean/accuracy"]["n"] == 14
+    assert none["visual_tokens"] == none["visual_tokens_without_plan"] == 16 > grid["visual_tokens"]
+    assert none["prefill_flops_ratio"] == 1 > grid["prefill_flops_ratio"]
+    assert none["flips"] == {"checked": 5, "flipped": 0, "ids": []}
+    assert none["ms_per_question"].keys() == {"preprocess", "vision", "prefill", "decode"}
+    page = (tmp_path / "report.md").read_text()
+    assert "| mean/accuracy | 14 |" in page
+    assert f"`{PLAN}`" in page
+
+
+def test_batch_size_does_not_change_answers(task: Task, vlm: VLM) -> None:
+    assert numbers(evaluate(task, vlm, batch_size=1)) == numbers(evaluate(task, vlm, batch_size=5))
+
+
+def test_answers_are_those_of_the_stock_model(task: Task, vlm: VLM) -> None:
+    record = task.records(["caption"], 1)[0]
+    image = task.pictures([record], torch.device("cpu"))[0]
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": record.question}]}]
+    prompt = vlm.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    inputs = vlm.processor(images=[image], text=[prompt], return_tensors="pt")
+    output = vlm.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = vlm.processor.tokenizer.decode(output, skip_special_tokens=True).strip()
+
+    class Run:
+        @staticmethod
+        def report() -> Any:
+            row = type("Row", (), {"visual_total": 16, "kept_per_layer": [16, 16]})
+            return type("R", (), {"rows": [row], "prefill_flops": 1, "prefill_flops_without_plan": 1, "stages_ms": {}})
+
+    answer = Asker(vlm.model, vlm.processor, task).ask([record], Run)[0]
+    assert answer.text == expected
+    assert answer.truncated == (vlm.processor.tokenizer.eos_token_id not in output)
+
+
+def test_images_may_be_pil(task: Task, vlm: VLM) -> None:
+    from PIL import Image
+
+    def pictures(records: Any, device: torch.device) -> list[Image.Image]:
+        return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in task.pictures(records, device)]
+
+    assert numbers(evaluate(dataclasses.replace(task, pictures=pictures), vlm)) == numbers(evaluate(task, vlm))
+
+
+@pytest.mark.parametrize("kill", [1, 3, 5, 7, 8, 11, 15, 16])
+def test_a_killed_run_goes_on_to_the_same_numbers(task: Task, vlm: VLM, tmp_path: Path, kill: int) -> None:
+    calls = 0
+
+    def pictures(records: Any, device: torch.device) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == kill:
+            raise KeyboardInterrupt
+        return task.pictures(records, device)  # type: ignore[return-value]
+
+    whole = evaluate(task, vlm, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(dataclasses.replace(task, pictures=pictures), vlm, tmp_path / "killed")
+    assert not (tmp_path / "killed" / "report.json").exists()
+    resumed = evaluate(dataclasses.replace(task, pictures=pictures), vlm, tmp_path / "killed")
+    assert numbers(resumed) == numbers(whole)
+    assert calls == 2 * 9 + 1, "an answered batch was asked again"
+    assert texts(tmp_path / "killed") == texts(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("cut", [1, 40, 700, 1500, 2500, -1, -30])
+def test_a_file_cut_anywhere_goes_on_to_the_same_numbers(task: Task, vlm: VLM, tmp_path: Path, cut: int) -> None:
+    whole = numbers(evaluate(task, vlm, tmp_path))
+    for path in tmp_path.glob("*.jsonl"):
+        path.write_bytes(path.read_bytes()[:cut])
+    assert numbers(evaluate(task, vlm, tmp_path, batch_size=4)) == whole
+
+
+def test_a_finished_run_asks_nothing_again(task: Task, vlm: VLM, tmp_path: Path) -> None:
+    whole = evaluate(task, vlm, tmp_path)
+    silent = dataclasses.replace(task, pictures=lambda *_: pytest.fail("asked again"))
+    again = evaluate(silent, vlm, tmp_path)
+    assert again["plans"] == whole["plans"]
+
+
+def test_other_settings_do_not_mix(task: Task, vlm: VLM, tmp_path: Path) -> None:
+    evaluate(task, vlm, tmp_path)
+    with pytest.raises(InputError, match=r"questions was 21, now 6.*output directory"):
+        evaluate(task, vlm, tmp_path, limit=2)
+
+
+def damage(lines: list[str], how: str) -> list[str]:
+    if how == "not json":
+        return [*lines[:3], "{]", *lines[3:]]
+    if how == "not utf-8":
+        return [*lines[:3], "\udcff", *lines[3:]]
+    if how == "no object":
+        return [*lines[:3], "[1]", *lines[4:]]
+    if how == "twice":
+        return [*lines[:3], lines[2], *lines[3:]]
+    if how == "missing":
+        return [*lines[:3], *lines[4:]]
+    if how == "too many":
+        return [*lines, lines[-1]]
+    if how == "field":
+        return [*lines[:3], lines[3].replace('"text"', '"words"'), *lines[4:]]
+    if how == "type":
+        return [*lines[:3], lines[3].replace('"visual_total":16', '"visual_total":"16"'), *lines[4:]]
+    assert how == "header"
+    return lines[1:]
+
+
+DAMAGES = ["not json", "not utf-8", "no object", "twice", "missing", "too many", "field", "type", "header"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_file_is_refused_by_name_and_line(task: Task, vlm: VLM, tmp_path: Path, how: str) -> None:
+    evaluate(task, vlm, tmp_path)
+    path = next(tmp_path.glob("*.jsonl"))
+    lines = damage(path.read_text().splitlines(), how)
+    path.write_text("\n".join(lines) + "\n", errors="surrogateescape")
+    with pytest.raises(InputError, match=path.name):
+        evaluate(task, vlm, tmp_path)
+
+
+def test_flips_are_counted(task: Task, vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = Asker.ask
+
+    def fickle(self: Asker, records: list[Record], run: Any) -> Any:
+        answers = ask(self, records, run)
+        alone = len(records) == 1 and records[0].kind == "colour"
+        return [dataclasses.replace(answer, text=answer.text + "!") if alone else answer for answer in answers]
+
+    monkeypatch.setattr(Asker, "ask", fickle)
+    flips = evaluate(task, vlm, batch_size=7, check_flips=1000)["plans"][0]["flips"]
+    assert flips == {"checked": 21, "flipped": 7, "ids": [f"c{i}" for i in range(7)]}
+
+
+def test_batches_keep_order_and_never_mix_kinds(task: Task) -> None:
+    records = task.records(None, None)
+    cut = batches(records, 3)
+    assert [record for batch in cut for record in batch] == records
+    assert [len(batch) for batch in cut] == [3, 3, 1] * 3
+    assert all(len({record.kind for record in batch}) == 1 for batch in cut)
+
+
+def test_groups_need_all_their_kinds(task: Task, vlm: VLM) -> None:
+    report = evaluate(task, vlm, kinds=["colour"], limit=2)
+    assert report["plans"][0]["metrics"].keys() == {"colour/accuracy"}
+
+
+def test_fingerprint_sees_the_weights(vlm: VLM) -> None:
+    before = fingerprint(vlm.model, vlm.processor)
+    bias = vlm.model.model.multi_modal_projector.linear_1.bias
+    with torch.no_grad():
+        bias += 1
+        after = fingerprint(vlm.model, vlm.processor)
+        bias -= 1
+    assert before != after
+    assert before == fingerprint(vlm.model, vlm.processor)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, "limit must be at least 1, not 0"),
+        ({"limit": -3}, "limit must be at least 1, not -3"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"check_flips": -1}, "check_flips must be at least 0"),
+        ({"kinds": ["color"]}, 'has no kind "color"'),
+    ],
+)
+def test_bad_settings_are_refused(task: Task, vlm: VLM, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run_eval(task, [], vlm, **options)
+
+
+def test_repeated_ids_are_refused(task: Task, vlm: VLM) -> None:
+    twice = dataclasses.replace(task, records=lambda *_: task.records(["colour"], 1) * 2)
+    with pytest.raises(InputError, match='two questions with the id "c0"'):
+        run_eval(twice, [], vlm)
+
+
+def test_an_unknown_task_gets_a_suggestion(vlm: VLM) -> None:
+    with pytest.raises(InputError, match='no task "scene"; did you mean "scenes"'):
+        run_eval("scene", [], vlm)
+    with pytest.raises(InputError, match="choose one of"):
+        run_eval("zzz", [], vlm)
