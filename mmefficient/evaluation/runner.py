@@ -7,7 +7,9 @@ import json
 import os
 import shlex
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ def run_eval(
     _at_least(0, check_flips=check_flips)
     task = tasks.get(task) if isinstance(task, str) else task
     chosen = list({str(plan): plan for plan in [Plan(), *map(_plan, plans)]}.values())
-    records = _records(task, kinds, limit)
+    records = _records(task, None if kinds is None else list(dict.fromkeys(kinds)), limit)
     vlm = model if isinstance(model, VLM) else VLM.from_pretrained(model, device=device, dtype=dtype)
     asker = Asker(vlm.model, vlm.processor, task)
     size = batch_size or (16 if vlm.model.device.type == "cpu" else 128)
@@ -113,12 +115,12 @@ def _run(
     asker: Asker, plan: Plan, todo: Sequence[Sequence[Record]], log: AnswerLog, check: int, bar: tqdm[Any]
 ) -> PlanRun:
     """Answers the batches that `log` lacks; one that a kill cut in two is asked again as a whole."""
-    done = 0
-    while done < len(todo) and sum(map(len, todo[: done + 1])) <= len(log.answers):
-        done += 1
-    log.cut(sum(map(len, todo[:done])))
-    for counter in ("n", "initial", "last_print_n"):  # answers from an earlier run say nothing about the time left
-        setattr(bar, counter, getattr(bar, counter) + len(log.answers))
+    ends = list(accumulate(map(len, todo), initial=0))
+    done = bisect_right(ends, len(log.answers)) - 1
+    log.cut(ends[done])
+    if not bar.disable:
+        for counter in ("n", "initial", "last_print_n"):  # answers from an earlier run say nothing about the time left
+            setattr(bar, counter, getattr(bar, counter) + len(log.answers))
     records = [record for batch in todo for record in batch]
     check = min(check, len(records))
     checked = [records[i * len(records) // check] for i in range(check)]
