@@ -19,10 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmefficient.errors import InputError
+
 ATLAS = Path(__file__).resolve().parent / "atlas"
 CANVAS = 336  # px: both sides of every picture
 SIZES = (24, 27, 31, 35, 39, 44, 50, 56, 64, 72, 81, 92, 104, 118, 133, 150)  # px: a sprite's longer side
-WORD_HEIGHTS = (18, 24, 32)  # px: a capital's height
+WORD_HEIGHTS = (18, 24, 32)  # px: a printed word's height, plate aside
 STYLES = (  # (ink, plate) of a printed word
     ((0, 0, 0), (255, 255, 255)),
     ((255, 255, 255), (24, 24, 24)),
@@ -106,7 +108,10 @@ def _scaled_sprites(keys: Keys) -> list[npt.NDArray[np.uint8]]:
 def _printed_words(keys: Keys) -> list[npt.NDArray[np.uint8]]:
     """RGBA pixels [n, 4] of every word key in order: ink over an opaque plate."""
     _, rects = _index()
-    ink, plate = np.array(STYLES, np.int32).transpose(1, 0, 2)[..., None, None, :]  # [styles, 1, 1, rgb] each
+    ink, plate = np.array(STYLES).transpose(1, 0, 2)[:, :, None]  # [styles, 1, rgb] each
+    cover = np.arange(256)[:, None]
+    mixed = np.full((len(STYLES), 256, 4), 255, np.uint8)  # the pixel of every style and coverage
+    mixed[..., :3] = (ink * cover + plate * (255 - cover) + 127) // 255
     out: list[npt.NDArray[np.uint8]] = []
     with Image.open(ATLAS / "words.png") as file:
         sheet = file.convert("L")
@@ -115,16 +120,18 @@ def _printed_words(keys: Keys) -> list[npt.NDArray[np.uint8]]:
         for size in range(len(WORD_HEIGHTS)):
             key = keys.word_key(word, size, 0)
             inner = (keys.widths[key] - 2 * MARGIN, keys.heights[key] - 2 * MARGIN)
-            cover = np.pad(np.asarray(master.resize(inner, Image.Resampling.BILINEAR), np.int32), MARGIN)[..., None]
-            rgba = np.full((len(STYLES), *cover.shape[:2], 4), 255, np.uint8)
-            rgba[..., :3] = (ink * cover + plate * (255 - cover) + 127) // 255
-            out.extend(rgba.reshape(len(STYLES), -1, 4))
+            mask = np.pad(np.asarray(master.resize(inner, Image.Resampling.BILINEAR)), MARGIN)
+            out.extend(mixed[:, mask.reshape(-1)])
     return out
 
 
-@lru_cache(maxsize=4)
 def load_atlas(device: str | torch.device = "cpu") -> Atlas:
-    """Scale every sprite and word to every size and put the pixels on ``device``. About a second; kept per device."""
+    """Scale all sprites and words to all sizes and put the pixels (110 MB) on ``device``: about a second, once each."""
+    return _load_atlas(str(torch.device(device)))
+
+
+@lru_cache(maxsize=4)
+def _load_atlas(device: str) -> Atlas:
     keys = load_keys()
     blocks = [np.array([[0, 0, 0, 0]], np.uint8), *_scaled_sprites(keys), *_printed_words(keys)]
     packed = np.concatenate(blocks).view("<i4")[:, 0]
@@ -187,9 +194,9 @@ def _layer_pixels(layers: Tensor, k: int, x: Tensor, y: Tensor, atlas: Atlas) ->
 
 def _axes(layers: Tensor, atlas: Atlas) -> tuple[Tensor, Tensor]:
     if layers.dim() != 3 or layers.shape[2] != 3:
-        raise ValueError(f"layers have the shape {tuple(layers.shape)}; give [B, K, 3] of (key, x0, y0).")
+        raise InputError(f"layers have the shape {tuple(layers.shape)}; give [B, K, 3] of (key, x0, y0).")
     if layers.device != atlas.pixels.device:
-        raise ValueError(f"layers are on {layers.device} but the atlas is on {atlas.pixels.device}; load it there.")
+        raise InputError(f"layers are on {layers.device} but the atlas is on {atlas.pixels.device}; load it there.")
     axis = torch.arange(CANVAS, dtype=torch.int32, device=layers.device)
     return axis[None, None, :], axis[None, :, None]
 
@@ -203,13 +210,13 @@ def render(layers: Tensor, background: Tensor, atlas: Atlas) -> Tensor:
                 period + 256 * phase with period 1..255 px and phase 0..4095 px (it also seeds the noise).
                 Keep A and B within about 80 levels of each other, or small sprites drown in the pattern.
     returns     uint8 [B, 3, 336, 336], RGB.
-    raises      ValueError for a wrong shape, or layers on another device than the atlas.
+    raises      InputError for a wrong shape, or layers on another device than the atlas.
 
     Each layer is composited in 8 bits: ``out = colour + round(below * (255 - alpha) / 255)``, colour premultiplied.
     """
     x, y = _axes(layers, atlas)
     if background.shape != (layers.shape[0], 8):
-        raise ValueError(f"background has the shape {tuple(background.shape)}; give [{layers.shape[0]}, 8].")
+        raise InputError(f"background has the shape {tuple(background.shape)}; give [{layers.shape[0]}, 8].")
     layers = layers.to(torch.int32)
     canvas = _background(background.to(torch.int32), x, y)
     for k in range(layers.shape[1]):
@@ -223,11 +230,11 @@ def label_map(layers: Tensor, labels: Tensor, atlas: Atlas) -> Tensor:
     """Which object each pixel shows: the label of the topmost layer at least half opaque there, else -1.
 
     layers  integer [B, K, 3] as for ``render``;  labels  integer [B, K], below 32768
-    returns int16 [B, 336, 336];  raises ValueError as ``render`` does, or when the two shapes differ.
+    returns int16 [B, 336, 336];  raises InputError as ``render`` does, or when the two shapes differ.
     """
     x, y = _axes(layers, atlas)
     if labels.shape != layers.shape[:2]:
-        raise ValueError(f"labels have the shape {tuple(labels.shape)}; give {list(layers.shape[:2])}, one per layer.")
+        raise InputError(f"labels have the shape {tuple(labels.shape)}; give {list(layers.shape[:2])}, one per layer.")
     layers, labels = layers.to(torch.int32), labels.to(torch.int16)
     out = torch.full((layers.shape[0], CANVAS, CANVAS), -1, dtype=torch.int16, device=layers.device)
     for k in range(layers.shape[1]):
