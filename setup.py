@@ -1,6 +1,6 @@
 """Where packages come from: `models`, `kernels` and `demo` stand at the root and are installed under `mmefficient.`"""
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 ROOTS = {
     "mmefficient": "mmefficient",
@@ -14,6 +14,6 @@ setup(
     packages=[
         name
         for root, folder in ROOTS.items()
-        for name in (root, *(f"{root}.{inner}" for inner in find_packages(folder)))
+        for name in (root, *(f"{root}.{inner}" for inner in find_namespace_packages(folder, exclude=["*__pycache__"])))
     ],
 )

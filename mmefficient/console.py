@@ -36,7 +36,7 @@ def print_answers(answer: Answer, plain: Answer | None = None) -> None:
 
 
 def kept_sentence(report: Report) -> str:
-    """How many visual tokens stayed, by runs of layers: ``576 visual tokens; 576 in layers 0-1, 144 in layers 2-11``."""
+    """What stayed, by runs of layers: ``576 visual tokens; 576 in layers 0-1, 144 in layers 2-11; ...``."""
     row = report.rows[0]
     runs: list[list[int]] = []  # first layer, last layer, tokens
     for layer, kept in enumerate(row.kept_per_layer):
@@ -44,7 +44,7 @@ def kept_sentence(report: Report) -> str:
             runs[-1][1] = layer
         else:
             runs.append([layer, layer, kept])
-    parts = [f"{kept} in " + (f"layers {first}-{last}" if last > first else f"layer {first}") for first, last, kept in runs]
+    parts = [f"{n} in layer {first}" if first == last else f"{n} in layers {first}-{last}" for first, last, n in runs]
     saved = 1 - report.prefill_flops / report.prefill_flops_without_plan
     return f"{row.visual_total} visual tokens; {', '.join(parts)}; {saved:.0%} fewer prefill FLOPs"
 

@@ -68,7 +68,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device, config: Any = None) -> torch.dtype:
-    """A floating dtype or its name. ``auto`` is the checkpoint's own; float32 on the CPU, where half precision is slow."""
+    """A floating dtype or its name. ``auto`` is the checkpoint's own; float32 on the CPU, where others are slow."""
     if isinstance(dtype, str) and dtype == "auto":
         own = getattr(config, "dtype", None)
         return torch.float32 if device.type == "cpu" or own is None else own
