@@ -8,3 +8,8 @@ from pathlib import Path
 def path() -> Path:
     """Directory of the embedded checkpoint, in Hugging Face format (``LlavaForConditionalGeneration``)."""
     return Path(__file__).resolve().parent / "checkpoint"
+
+
+def sample_picture() -> Path:
+    """The bundled picture: scene 9 of the split ``sample``, 336x336 RGB, in no training or test split."""
+    return Path(__file__).resolve().parent / "sample.png"
