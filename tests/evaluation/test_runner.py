@@ -2,6 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import random
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +85,7 @@ def test_images_may_be_pil(task: Task, vlm: VLM) -> None:
     from PIL import Image
 
     def pictures(records: Any, device: torch.device) -> list[Image.Image]:
-        return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in task.pictures(records, device)]
+        return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in torch.as_tensor(task.pictures(records, device))]
 
     assert numbers(evaluate(dataclasses.replace(task, pictures=pictures), vlm)) == numbers(evaluate(task, vlm))
 
@@ -103,6 +108,26 @@ def test_a_killed_run_goes_on_to_the_same_numbers(task: Task, vlm: VLM, tmp_path
     resumed = evaluate(dataclasses.replace(task, pictures=pictures), vlm, tmp_path / "killed")
     assert numbers(resumed) == numbers(whole)
     assert calls == 2 * 9 + 1, "an answered batch was asked again"
+    assert texts(tmp_path / "killed") == texts(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_sigkill_at_random_moments_loses_and_repeats_nothing(task: Task, vlm: VLM, tmp_path: Path) -> None:
+    def pictures(records: Any, device: torch.device) -> Any:
+        time.sleep(0.1)
+        return task.pictures(records, device)
+
+    slow = dataclasses.replace(task, pictures=pictures)
+    rng = random.Random(0)
+    for _ in range(10):
+        child = multiprocessing.get_context("fork").Process(target=evaluate, args=(slow, vlm, tmp_path / "killed"))
+        child.start()
+        child.join(rng.uniform(0.1, 0.35))
+        child.kill()
+        child.join()
+        assert child.exitcode in (0, -signal.SIGKILL)
+    assert numbers(evaluate(task, vlm, tmp_path / "killed")) == numbers(evaluate(task, vlm, tmp_path / "whole"))
     assert texts(tmp_path / "killed") == texts(tmp_path / "whole")
 
 

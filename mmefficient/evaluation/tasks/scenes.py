@@ -14,7 +14,8 @@ from mmefficient.evaluation.metrics.pope import pope
 from mmefficient.evaluation.task import Kind, Record, Task
 from mmefficient.models.reference.scenes import splits
 from mmefficient.models.reference.scenes.catalogue import OBJECTS
-from mmefficient.models.reference.scenes.render import load_atlas, render, scene_tensors
+from mmefficient.models.reference.scenes.render import load_atlas, render
+from mmefficient.models.reference.scenes.sample import scene_tensors
 
 _SHORT, _CAPTION = 8, 64  # new tokens: an answer of a few words, a list of up to ten objects
 
@@ -40,9 +41,12 @@ def _record(question: splits.Question) -> Record:
 
 
 def _pictures(records: Sequence[Record], where: device) -> Tensor:
-    scenes = [record.source.scene for record in records if isinstance(record.source, splits.Question)]
+    sources = {record.picture: record.source for record in records}  # several questions share a picture: draw it once
+    scenes = [source.scene for source in sources.values() if isinstance(source, splits.Question)]
     layers, background = scene_tensors(scenes)
-    return render(layers.to(where), background.to(where), load_atlas(where))
+    drawn = render(layers.to(where), background.to(where), load_atlas(where))
+    order = list(sources)
+    return drawn[[order.index(record.picture) for record in records]]
 
 
 TASK = Task(
