@@ -161,8 +161,10 @@ def env(as_json: AsJson = False) -> None:
 
 def _quiet() -> None:
     """Keep stderr for our own sentences."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -82,12 +82,13 @@ def _describe_field(field: dataclasses.Field[Any]) -> dict[str, Any]:
 
 
 def print_methods(found: list[dict[str, Any]]) -> None:
-    table = Table("method", "point", "what it does", "fields", "paper")
+    console = Console(highlight=False, soft_wrap=True)
     for method in found:
-        fields = [f"{f['name']}={f['default']!r}" if "default" in f else f["name"] for f in method["fields"]]
-        cells = (method["name"], method["point"], method["summary"], ", ".join(fields), method["paper"])
-        table.add_row(*map(escape, cells))
-    Console(highlight=False).print(table)
+        console.print(f"[bold]{method['name']}[/] ({method['point']}): {escape(method['summary'])}")
+        for field in method["fields"]:
+            default = f" = {field['default']!r}" if "default" in field else ""
+            console.print(escape(f"  {field['name']}: {field['type']}{default}  {field['help']}"))
+        console.print(f"  {method['paper']}\n")
 
 
 def print_environment(facts: dict[str, Any]) -> None:

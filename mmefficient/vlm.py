@@ -88,7 +88,7 @@ class VLM:
     ) -> list[Answer]:
         """Answer several questions in one batch; images may differ in number and size, and some rows may have none.
 
-        Each answer's report holds the one row that belongs to it; FLOPs and times are those of the whole batch.
+        Each answer's report holds the one row that belongs to it, but FLOPs and times of the whole batch.
         """
         conversations = [[user_message(_as_list(image), question)] for image, question in rows]
         return self._answer(conversations, plan, generate_kwargs) if conversations else []
@@ -145,9 +145,15 @@ class VLM:
                 inputs = self._encode(conversations, chosen)
             with chosen.apply(self.model) as run:
                 sequences = self._generate(inputs, generate_kwargs)
-        texts = self.processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        generated = sequences[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(generated, skip_special_tokens=True)
+        lengths = self._lengths(generated)
         report = dataclasses.replace(run.report(), stages_ms=timer.stages_ms)
-        return [Answer(text.strip(), report) for text in texts]
+        beams = len(report.rows) // len(texts)
+        return [
+            Answer(text.strip(), _row_of(report, row * beams, length))
+            for row, (text, length) in enumerate(zip(texts, lengths, strict=True))
+        ]
 
     def _plan(self, plan: Plan | str | None) -> Plan:
         return self.plan if plan is None else _as_plan(plan)
@@ -179,7 +185,15 @@ class VLM:
             raise InputError(f"The model's processor refuses the input: {error}") from error
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
+    def _lengths(self, generated: torch.Tensor) -> list[int]:
+        """Tokens of every row up to its end token, that one included; what follows is padding."""
+        end = self.model.generation_config.eos_token_id
+        ends = torch.isin(generated, torch.tensor([] if end is None else end, device=generated.device).long())
+        return ((ends.cumsum(1) - ends.long()) == 0).sum(1).tolist()
+
     def _generate(self, inputs: Any, generate_kwargs: dict[str, Any]) -> torch.Tensor:
+        if generate_kwargs.get("num_return_sequences", 1) != 1:
+            raise InputError("An answer is one sequence; for several, use model.generate inside Plan.apply.")
         options = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS, **generate_kwargs}
         if not options["do_sample"]:  # a checkpoint's sampling defaults would only be warned about
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
@@ -227,6 +241,15 @@ def user_message(images: Sequence[Any], question: str) -> Message:
     """One user turn in transformers' chat format: the images, then the question."""
     parts: list[Message] = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+
+
+def _row_of(report: Report, row: int, generated_tokens: int) -> Report:
+    return dataclasses.replace(
+        report,
+        rows=[report.rows[row]],
+        lives_until=(report.lives_until[row],),
+        generated_tokens=generated_tokens,
+    )
 
 
 def _as_plan(plan: Plan | str | None) -> Plan:
