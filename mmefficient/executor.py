@@ -1,0 +1,294 @@
+"""Attaches a plan to a stock transformers model: hooks, and one attention function if a method needs scores.
+
+No class is replaced and no forward copied. What one call needs rides in a private keyword argument, what a prompt needs
+rides on its cache; the executor itself holds nothing but configuration, so threads and deep copies do not meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from mmefficient.attention import KEY, scoring
+from mmefficient.cache import PrunedLayer, PrunedStaticLayer, shrink_layer, stored_rows
+from mmefficient.errors import InputError, ModelError, PlanError
+from mmefficient.masks import Segment, decode_mask, prefill_mask
+from mmefficient.points import Reducer
+from mmefficient.reduction import HostFacts, Prefill, PromptState, Rope
+from mmefficient.run import Run
+from mmefficient.tokens import build, images_of_rows
+from mmefficient.vision import Vision, Watcher
+
+if TYPE_CHECKING:
+    from mmefficient.models.base import Adapter
+
+STATE = "_mmefficient_state"
+Hooked = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Call:
+    """One forward call of the model; travels as a keyword argument."""
+
+    def __init__(self, scored: frozenset[int]) -> None:
+        self.scored = scored
+        self.state: PromptState | None = None
+        self.prefill: Prefill | None = None
+        self.kinds: dict[str, torch.Tensor] = {}
+        self.vision: dict[str, Vision] = {}
+        self.repeats: dict[str, int] = {}
+        self.new = False
+        self.memo: tuple[Any, Segment, torch.Tensor | None] | None = None
+
+    def receive(self, kind: str, vision: Vision) -> None:
+        """Take the images of the prompt; raises InputError when they do not fit the placeholders."""
+        self.vision[kind] = vision
+        placeholders = self.kinds[kind].sum(1).tolist()
+        images_of_rows(placeholders, [len(layout) for layout in vision.layouts], kind, self.repeats.get(kind, 1))
+
+    def mask(self, stock: Any, segment: Segment, make: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+        """The mask that `make` makes; layers that hold the same segment share it."""
+        if self.memo is None or self.memo[0] is not stock or self.memo[1] is not segment:
+            self.memo = (stock, segment, make())
+        return self.memo[2]
+
+    def wants_scores(self, layer: int) -> bool:
+        """Whether the attention function should score the last prompt row in this layer."""
+        return self.prefill is not None and layer in self.scored
+
+    @property
+    def last(self) -> torch.Tensor | None:
+        """See `attention.last_row_scores`."""
+        return None if self.prefill is None else self.prefill.last
+
+    def set_scores(self, scores: torch.Tensor) -> None:
+        """Hand scores to the next layer's reducers."""
+        if self.prefill is not None:
+            self.prefill.scores = scores
+
+
+class Executor:
+    """A plan on one model."""
+
+    def __init__(self, adapter: Adapter, reducers: Sequence[Reducer], run: Run) -> None:
+        self.adapter, self.reducers, self.run = adapter, tuple(reducers), run
+        self.watcher = Watcher(adapter, any("tower" in reducer.needs for reducer in reducers))
+        self.configs = self._text_configs()
+        self.implementation: str = adapter.decoder.config._attn_implementation
+        self.flash = "flash" in self.implementation
+        self.scored = frozenset(r.site - 1 for r in reducers if "last_row_attention" in r.needs)
+        if reducers:
+            self._check()
+
+    def _text_configs(self) -> list[Any]:
+        found = [self.adapter.decoder.config, self.adapter.config.get_text_config(decoder=True)]
+        found += [getattr(getattr(layer, "self_attn", None), "config", None) for layer in self.adapter.layers]
+        return list({id(config): config for config in found if config is not None}.values())
+
+    def _check(self) -> None:
+        """Raises PlanError or ModelError if this model cannot carry the plan."""
+        layers = self.adapter.layers
+        for reducer in self.reducers:
+            if reducer.site >= len(layers):
+                last = len(layers) - 1
+                raise PlanError(f"{reducer}: layer {reducer.site} is out of range; the model has layers 0 to {last}.")
+            if reducer.position_policy == "compact" and self.adapter.mrope:
+                raise PlanError(f"{reducer}: positions here are (time, height, width) triplets; use positions='keep'.")
+        name = type(self.adapter.decoder).__name__
+        if any(not hasattr(getattr(layer, "self_attn", None), "layer_idx") for layer in layers):
+            raise ModelError(f"{name} mixes attention with other sequence layers, whose state cannot drop tokens.")
+        if any(hasattr(layer.self_attn, "kv_lora_rank") for layer in layers):
+            raise ModelError(f"{name} uses latent attention (MLA), whose cache layout is not supported.")
+        kinds = set(getattr(self.adapter.decoder.config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise ModelError(f"{name} has {', '.join(sorted(kinds))} layers; only full attention can drop tokens.")
+        scoring(self.implementation)
+
+    def attach(self) -> list[Callable[[], Any]]:
+        """Put the plan on the model; returns the functions that take it off, to be called in reverse."""
+        adapter = self.adapter
+        undo = self.watcher.attach()
+        handles = [
+            adapter.base.register_forward_pre_hook(self.on_base, with_kwargs=True),
+            adapter.base.register_forward_hook(self.after_base, always_call=True),
+            adapter.decoder.register_forward_pre_hook(self.on_decoder, with_kwargs=True),
+        ]
+        if self.reducers:
+            first = self.reducers[0].site
+            hooked = list(adapter.layers)[first:]
+            handles += [layer.register_forward_pre_hook(self.on_layer, with_kwargs=True) for layer in hooked]
+        undo += [handle.remove for handle in handles]
+        if self.scored:
+            name = scoring(self.implementation)
+            for config in self.configs:
+                undo.append(partial(_set_attention, config, config._attn_implementation))
+                _set_attention(config, name)
+        return undo
+
+    def on_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
+        """Recognise a new prompt, and find its placeholders."""
+        kwargs = dict(kwargs)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if kwargs.get("cache") is not None and self.reducers:
+            raise ModelError("continuous batching (generate_batch) is not supported; use generate.")
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            use_cache = kwargs.get("use_cache")
+            if self.adapter.decoder.config.use_cache if use_cache is None else use_cache:
+                cache = kwargs["past_key_values"] = DynamicCache(config=self.adapter.decoder.config)
+        call = Call(self.scored)
+        call.state = getattr(cache, STATE, None)
+        arriving = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
+        empty = cache is None or ((arriving > 1 or call.state is None) and int(cache.get_seq_length()) == 0)
+        if ids is None and empty:
+            if self.reducers:
+                raise InputError("inputs_embeds hide where the image tokens are; pass input_ids instead.")
+            return args, kwargs
+        call.new = empty
+        if ids is not None and (empty or arriving > 1):
+            on_host = ids.cpu()
+            call.kinds = {kind: on_host == token for kind, token in self.adapter.placeholders.items()}
+            if not empty and self.reducers and any(bool(where.any()) for where in call.kinds.values()):
+                raise InputError("an image arrives on a cache already in use; start a new cache for a new image.")
+        if call.new:
+            self._open(call, kwargs)
+        elif call.state is None:
+            return args, kwargs  # continues a prompt that was read without the plan
+        kwargs[KEY] = call
+        return args, kwargs
+
+    def _open(self, call: Call, kwargs: dict[str, Any]) -> None:
+        """Match images to placeholders, now or when the model encodes them."""
+        given = self.watcher.take()
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        raw = {"image": kwargs.get("pixel_values"), "video": kwargs.get("pixel_values_videos")}
+        for kind in call.kinds:
+            if raw.get(kind) is not None:
+                continue
+            output = encoded.get(kind)
+            if output is not None and kind not in given:
+                raise InputError(f"the {kind}s were encoded outside the plan; pass pixel values instead.")
+            vision = given[kind] if output is not None else Vision([], [])
+            if output is not None:
+                call.repeats[kind] = max(1, len(output.pooler_output) // max(1, len(vision.layouts)))
+            call.receive(kind, vision)
+        self.watcher.expect(call.receive)
+
+    def after_base(self, module: nn.Module, args: Any, out: Any) -> None:
+        """The call is over, well or badly."""
+        self.watcher.settle()
+        self.watcher.take()
+
+    def on_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
+        """Build the token map of a new prompt; move the positions of later tokens."""
+        call: Call | None = kwargs.get(KEY)
+        if call is None:
+            return None
+        if call.new:
+            self._prepare(call, kwargs)
+            return None
+        if call.state is None or call.state.shift is None:
+            return None
+        position = kwargs.get("position_ids")
+        if position is None:
+            embeds = kwargs["inputs_embeds"]
+            start = kwargs["past_key_values"].get_seq_length()
+            position = torch.arange(embeds.shape[1], device=embeds.device)[None] + start
+        return args, dict(kwargs, position_ids=position - call.state.shift.to(position.device))
+
+    def _prepare(self, call: Call, kwargs: dict[str, Any]) -> None:
+        embeds = kwargs["inputs_embeds"]
+        batch, length = embeds.shape[:2]
+        position = kwargs.get("position_ids")
+        if position is None:
+            position = torch.arange(length)[None]
+        position = position.cpu()
+        if position.ndim == 2:
+            position = position[None]
+        elif position.shape[0] == 4:  # text positions, then the triplet
+            position = position[1:]
+        tokens = build(
+            call.kinds,
+            {kind: vision.layouts for kind, vision in call.vision.items()},
+            _padding(kwargs.get("attention_mask"), batch, length),
+            position.expand(-1, batch, -1),
+            len(self.adapter.layers),
+            {kind: vision.strides for kind, vision in call.vision.items()},
+            call.repeats,
+        )
+        seen = tokens.visual
+        self.run.saw_images |= bool(seen.any())
+        if "image" in call.vision and call.vision["image"].tower is not None and bool((tokens.source[seen] < 0).any()):
+            raise ModelError("these images are resampled after the vision tower; tower methods cannot run on them.")
+        facts = HostFacts.of(tokens, {reducer.scope for reducer in self.reducers}, embeds.device)
+        state = call.state = PromptState(tokens.to(embeds.device))
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            setattr(cache, STATE, state)
+            for index, layer in enumerate(cache.layers):  # a reused cache may have been pruned elsewhere
+                if isinstance(layer, (PrunedLayer, PrunedStaticLayer)) and layer.dropped:
+                    shrink_layer(cache, index, 0)
+        tower = call.vision["image"].tower if "image" in call.vision else None
+        call.prefill = Prefill(state, facts, tower, simulate=self.run.mode == "simulate")
+        self.run.add(state)
+
+    def on_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
+        """Let reducers act, and fit rope, positions, mask and cache to the rows the layer holds."""
+        call: Call | None = kwargs.get(KEY)
+        if call is None or call.state is None:
+            return None
+        index: int = layer.self_attn.layer_idx  # type: ignore[union-attr, assignment]
+        hidden, cache, mask = args[0], kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if call.prefill is None:
+            held = call.state.segments.get(index)
+            if held is None:
+                return None
+            keys = stored_rows(cache, index, hidden.shape[1])
+            new = call.mask(mask, held, lambda: decode_mask(mask, held, hidden.shape[1], keys, self.flash))
+            return args, dict(kwargs, attention_mask=new)
+        prefill = call.prefill
+        prefill.enter(kwargs["position_embeddings"], kwargs.get("position_ids"))
+        for reducer in self.reducers:
+            if reducer.site == index and prefill.has_visual:
+                hidden = prefill.reduce(reducer, index, hidden, self._project, self._rotary)
+                self.run.acted = True
+        segment = prefill.segment
+        if segment is None:
+            return None
+        call.state.segments[index] = segment
+        if cache is not None and segment.slots < segment.length:
+            shrink_layer(cache, index, segment.length - segment.slots)
+        keys = stored_rows(cache, index, segment.slots)
+        new = call.mask(mask, segment, lambda: prefill_mask(mask, segment, keys, self.flash))
+        # gapped position ids make flash kernels believe that several sequences are packed into one
+        position = None if self.flash else prefill.position
+        fitted = dict(kwargs, position_embeddings=prefill.rope, position_ids=position, attention_mask=new)
+        return (hidden, *args[1:]), fitted
+
+    def _project(self, features: torch.Tensor) -> torch.Tensor:
+        projector = self.adapter.tower_parts()[0]
+        return projector(features)
+
+    def _rotary(self, hidden: torch.Tensor, position: torch.Tensor) -> Rope:
+        return self.adapter.decoder.rotary_emb(hidden, position)
+
+
+def _set_attention(config: Any, implementation: str) -> None:
+    # the public setter would also reach sub-models and check the name against the model class
+    config._attn_implementation_internal = implementation
+
+
+def _padding(mask: Any, batch: int, length: int) -> torch.Tensor | None:
+    """Two-dimensional padding mask [B, S] on the CPU, from whatever mask the decoder was given."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not torch.is_tensor(mask):
+        return None
+    if mask.ndim == 4:  # already expanded: the last query sees all tokens, and no padding
+        mask = mask[:, 0, -1, :length]
+        mask = mask if mask.dtype == torch.bool else mask == 0
+    return mask[:, :length].expand(batch, -1).cpu()

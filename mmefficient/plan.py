@@ -1,0 +1,176 @@
+"""Plan: methods composed, read from text, applied to a model."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from itertools import pairwise
+from typing import Any, Literal
+
+from torch import nn
+
+from mmefficient.errors import ModelError, PlanError, SilentPlanError, UnknownMethodError
+from mmefficient.executor import Executor
+from mmefficient.methods import method, suggest
+from mmefficient.models import adapter_for
+from mmefficient.points import Reducer
+from mmefficient.run import Run
+
+Mode = Literal["apply", "simulate"]
+ATTACHED = "_mmefficient_executor"
+
+
+class Plan:
+    """Methods that act one after the other. Immutable; equal plans compare and hash equal.
+
+    Args:
+        methods: text such as "fastv(layer=2,keep=0.25)+exit(layer=8)", method instances, or another plan.
+            "", "none" and nothing at all are the empty plan.
+
+    Raises:
+        UnknownMethodError: a method or a field does not exist.
+        BudgetError: a budget is outside its range.
+        PlanError: the text cannot be read, or the methods cannot be composed.
+    """
+
+    def __init__(self, methods: str | Plan | Iterable[Reducer] | None = None) -> None:
+        if isinstance(methods, str):
+            self.methods = tuple(_parse(methods))
+        elif isinstance(methods, Plan):
+            self.methods = methods.methods
+        else:
+            self.methods = tuple(methods or ())
+        _compose(self.methods)
+
+    def __str__(self) -> str:
+        return "+".join(str(each) for each in self.methods) or "none"
+
+    def __repr__(self) -> str:
+        return f"Plan({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.methods == other.methods
+
+    def __hash__(self) -> int:
+        return hash(self.methods)
+
+    def __bool__(self) -> bool:
+        return bool(self.methods)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "methods": [
+                {"name": each.name, **{f.name: getattr(each, f.name) for f in fields(each)}} for each in self.methods
+            ]
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_dict`."""
+        entries = [dict(entry) for entry in data["methods"]]
+        return cls([_make(entry.pop("name"), entry) for entry in entries])
+
+    @contextmanager
+    def apply(self, model: nn.Module, mode: Mode = "apply") -> Iterator[Run]:
+        """Put the plan on `model` for the time of a `with` block; afterwards the model is as it was.
+
+        Inside, `model.generate` and `model(...)` work as usual. A plain forward returns logits for the rows that are
+        left: visual tokens that leave take theirs with them, and shorter rows of a batch are padded on the left.
+
+        Args:
+            model: a ForConditionalGeneration model of a supported family.
+            mode: "apply" removes tokens; "simulate" decides the same but only hides them, which saves nothing.
+
+        Raises:
+            ModelError: the model cannot carry the plan, or carries one already.
+            PlanError: a layer is out of range for this model.
+            SilentPlanError: on leaving, if prompts with images were run and no method acted on them.
+        """
+        if mode not in ("apply", "simulate"):
+            raise PlanError(f"mode={mode!r} is neither 'apply' nor 'simulate'.")
+        adapter = adapter_for(model)
+        if ATTACHED in adapter.base.__dict__:
+            raise ModelError("this model already carries a plan; leave it first, or add the methods to it with '+'.")
+        run = Run(str(self), mode, adapter)
+        executor = Executor(adapter, self.methods, run)
+        undo = executor.attach()
+        adapter.base.__dict__[ATTACHED] = executor
+        model.__dict__.pop("_compiled_call", None)  # a compiled decode step does not notice new hooks
+        try:
+            yield run
+        finally:
+            for step in reversed(undo):
+                step()
+            del adapter.base.__dict__[ATTACHED]
+            model.__dict__.pop("_compiled_call", None)
+        if self.methods and run.saw_images and not run.acted:
+            raise SilentPlanError(f"the plan {self} saw images but never acted; check that its layers are reached.")
+
+
+def _parse(text: str) -> Iterator[Reducer]:
+    if text.strip() in ("", "none"):
+        return
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        example = "fastv(layer=2,keep=0.25)+exit(layer=8)"
+        raise PlanError(f"cannot read the plan {text!r}; write it like {example!r}.") from error
+    for call in _terms(tree, text):
+        if call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise PlanError(f"in {ast.unparse(call)!r} every value needs its name, as in 'fastv(layer=2,keep=0.25)'.")
+        name = call.func.id  # type: ignore[attr-defined]
+        yield _make(name, {str(keyword.arg): _value(keyword, text) for keyword in call.keywords})
+
+
+def _terms(tree: ast.expr, text: str) -> Iterator[ast.Call]:
+    if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+        yield from _terms(tree.left, text)
+        yield from _terms(tree.right, text)
+    elif isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name):
+        yield tree
+    elif isinstance(tree, ast.Name):
+        yield ast.Call(tree, [], [])
+    else:
+        raise PlanError(f"cannot read {ast.unparse(tree)!r} in the plan {text!r}; join methods with '+'.")
+
+
+def _value(keyword: ast.keyword, text: str) -> Any:
+    if isinstance(keyword.value, ast.Name):  # positions=keep needs no quotes
+        return keyword.value.id
+    try:
+        return ast.literal_eval(keyword.value)
+    except ValueError as error:
+        raise PlanError(f"{ast.unparse(keyword)!r} in the plan {text!r} is not a plain value.") from error
+
+
+def _make(name: str, values: Mapping[str, Any]) -> Reducer:
+    kind = method(name)
+    known = {f.name: f for f in fields(kind)}
+    for given in values:
+        if given not in known:
+            raise UnknownMethodError(f"{name} has no field {given!r}; {suggest(given, known)}")
+    missing = [f.name for f in known.values() if f.default is MISSING and f.name not in values]
+    if missing:
+        raise PlanError(f"{name} needs a value for {', '.join(missing)}.")
+    return kind(**values)
+
+
+def _compose(methods: tuple[Reducer, ...]) -> None:
+    """Refuse what has no meaning, with a sentence that says why."""
+    for each in methods:
+        if not isinstance(each, Reducer):
+            raise PlanError(f"{each!r} is not a method; give method instances or text.")
+        if each.position_policy == "compact" and each.site > 0:
+            raise PlanError(f"{each}: position ids can only close up at the language model's input (layer 0).")
+    for before, after in pairwise(methods):
+        if before.name == "exit":
+            raise PlanError(f"{after} follows {before}, after which no visual token is left; put the exit last.")
+        if after.site < before.site:
+            raise PlanError(f"{after} acts before {before}; write methods in the order of their layers.")
+        if "full_grid" in after.needs:
+            raise PlanError(f"{after} needs complete patch grids, which {before} breaks up; put it first.")
+        if after.space == "tower" and before.space != "tower":
+            raise PlanError(f"{after} mixes vision tower features, which {before} has already changed; put it first.")

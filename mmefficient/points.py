@@ -1,0 +1,203 @@
+"""Extension points: what a method may change, and what it is given to decide by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from mmefficient.errors import BudgetError, PlanError
+
+Positions = Literal["keep", "compact"]
+Scope = Literal["image", "prompt", "tile"]
+
+
+def about(help: str, quiet: bool = False) -> dict[str, Any]:
+    """Metadata of a method's field; the text is shown by `mmefficient methods` and the demo.
+
+    Args:
+        quiet: a plan's text leaves the field out while it has its default.
+    """
+    return {"help": help, "quiet": quiet}
+
+
+def check_budget(name: str, keep: float | int, least: int = 1) -> None:
+    """A float is a fraction in (0, 1], an int a count of at least `least`.
+
+    Raises:
+        BudgetError: anything else.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise BudgetError(f"{name}={keep!r} is not a number; give a fraction such as 0.25 or a count such as 144.")
+    if isinstance(keep, float) and not 0.0 < keep <= 1.0:
+        raise BudgetError(f"{name}={keep} is outside (0, 1]; give a fraction such as 0.25 or a count such as 144.")
+    if isinstance(keep, int) and keep < least:
+        raise BudgetError(f"{name}={keep} keeps too little; give a fraction in (0, 1] or a count of at least {least}.")
+
+
+def resolve_budget(keep: float | int, unit: Unit) -> int:
+    """Tokens that `keep` grants to `unit`: a fraction is rounded to the nearest count, at least 1.
+
+    Raises:
+        BudgetError: a count larger than the unit; names the row.
+    """
+    if isinstance(keep, float):
+        return max(1, int(keep * unit.count + 0.5))
+    if keep > unit.count:
+        raise BudgetError(f"row {unit.row} has {unit.count} visual tokens in {unit.label} but {keep} are to be kept.")
+    return keep
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One pool of visual tokens that a budget applies to.
+
+    Attributes:
+        row: row of the batch.
+        label: what the unit is, for messages ("image 0", "the prompt", "tile 2 of image 0").
+        ordinal: number of the unit within its row.
+        count: visual tokens in it now.
+        grids: (rows, cols) of every view in it, in prompt order; empty unless every view is a complete grid.
+    """
+
+    row: int
+    label: str
+    ordinal: int
+    count: int
+    grids: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class TowerTokens:
+    """What the vision tower knows about the visual tokens; [U, N, ...] like `VisualTokens`.
+
+    Attributes:
+        features: input of the projector, [U, N, Dv].
+        attention: float32 [U, N]: attention a patch receives in the layer whose output is `features`, mean over heads:
+            from the CLS row if the tower has one, else mean over all rows.
+        keys: keys of that layer, mean over heads, [U, N, d].
+    """
+
+    features: torch.Tensor
+    attention: torch.Tensor
+    keys: torch.Tensor
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens at a reducer's site, packed by unit: U units, N = the most tokens any of them holds.
+
+    Attributes:
+        units: the U units.
+        hidden: residual stream entering the layer, [U, N, D].
+        valid: bool [U, N]; False in the unused tail of a short unit. Other tensors hold arbitrary numbers there.
+        size: float32 [U, N], original tokens each one stands for.
+        attention: float32 [U, N] or None: probability each token receives from the last prompt row in the previous
+            layer, mean over heads. Present when "last_row_attention" is in `Reducer.needs`.
+        tower: present when "tower" is in `Reducer.needs`.
+    """
+
+    units: tuple[Unit, ...]
+    hidden: torch.Tensor
+    valid: torch.Tensor
+    size: torch.Tensor
+    attention: torch.Tensor | None = None
+    tower: TowerTokens | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A reducer's decision: K = the most tokens any unit keeps.
+
+    Attributes:
+        index: int64 [U, K], ascending places in the packed axis; a new token takes the position of its index.
+        valid: bool [U, K], False in the unused tail of a short unit.
+        mix: [U, K, N] or None. New token k gets the features mix[k] @ features; None = features of its index.
+    """
+
+    index: torch.Tensor
+    valid: torch.Tensor
+    mix: torch.Tensor | None = None
+
+
+def select_top(scores: torch.Tensor, valid: torch.Tensor, counts: Sequence[int]) -> Selection:
+    """The `counts[u]` highest scores of every unit, in prompt order; ties go to the earlier token.
+
+    Args:
+        scores: [U, N]; valid: bool [U, N]; counts: U counts, none larger than the unit.
+    """
+    ranked = scores.float().masked_fill(~valid, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    return order_selection(ranked, counts)
+
+
+def order_selection(ranked: torch.Tensor, counts: Sequence[int]) -> Selection:
+    """The first `counts[u]` entries of every row of `ranked` [U, >= max(counts)], put into prompt order."""
+    most = max(counts)
+    wanted = torch.tensor(counts, device=ranked.device)[:, None]
+    used = torch.arange(most, device=ranked.device) < wanted
+    index = ranked[:, :most].masked_fill(~used, torch.iinfo(torch.long).max).sort(dim=1).values
+    return Selection(index.masked_fill(~used, 0), used)
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """Which visual tokens exist from a site on. Identity: keep all.
+
+    A method is a frozen dataclass that sets the class variables and overrides `score` (rank, keep the best) or `reduce`
+    (anything else, such as merging). Gathering, positions, ragged batches, caches and accounting are done for it.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    point: ClassVar[str] = "reducer"
+    summary: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Any of "last_row_attention", "tower", "full_grid"."""
+    scope: ClassVar[Scope] = "image"
+    space: ClassVar[Literal["lm", "tower"]] = "lm"
+    """Whose features `Selection.mix` mixes; tower features go through the projector afterwards."""
+
+    @property
+    def site(self) -> int:
+        """Decoder layer at whose input the reducer acts; 0 = input of the language model."""
+        return getattr(self, "layer", 0)
+
+    @property
+    def position_policy(self) -> Positions:
+        """'keep': surviving tokens keep their position ids. 'compact': ids close up, later text included."""
+        return getattr(self, "positions", "keep")
+
+    def __post_init__(self) -> None:
+        if self.position_policy not in ("keep", "compact"):
+            raise PlanError(f"{self.name}: positions={self.position_policy!r} is neither 'keep' nor 'compact'.")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type in (int, "int") and (isinstance(value, bool) or not isinstance(value, int)):
+                raise PlanError(f"{self.name}: {f.name}={value!r} is not a whole number.")
+        if self.site < 0:
+            raise PlanError(f"{self.name}: layer={self.site} is not a layer number; count from 0.")
+        if hasattr(self, "keep"):
+            check_budget(f"{self.name}: keep", self.keep)
+
+    def __str__(self) -> str:
+        given = [(f, getattr(self, f.name)) for f in fields(self)]
+        shown = [f"{f.name}={value}" for f, value in given if not (f.metadata.get("quiet") and value == f.default)]
+        return f"{self.name}({','.join(shown)})"
+
+    def budget(self, unit: Unit) -> int:
+        """How many tokens of `unit` stay.
+
+        Raises:
+            BudgetError: more than the unit holds.
+        """
+        return resolve_budget(self.keep, unit)  # type: ignore[attr-defined]
+
+    def score(self, tokens: VisualTokens) -> torch.Tensor:
+        """[U, N], higher stays."""
+        raise NotImplementedError(f"{type(self).__name__} overrides neither score nor reduce")
+
+    def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
+        """Choose `counts[u]` tokens of every unit u."""
+        return select_top(self.score(tokens), tokens.valid, counts)

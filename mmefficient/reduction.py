@@ -1,0 +1,292 @@
+"""One prompt on its way through a plan: pack the visual tokens, ask a reducer, drop or mask what leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mmefficient.errors import PlanError
+from mmefficient.masks import Segment
+from mmefficient.packing import Units
+from mmefficient.points import Reducer, Scope, Selection, TowerTokens, VisualTokens
+from mmefficient.tokens import Role, TokenMap
+from mmefficient.vision import Tower
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class PromptState:
+    """What outlives the prefill; rides on the cache.
+
+    Attributes:
+        tokens: the map, on the model's device.
+        segments: by decoder layer, what it holds; layers that hold the whole prompt are absent.
+        shift: int64 [B, 1], how far the position ids of later tokens move down; None = not at all.
+    """
+
+    tokens: TokenMap
+    segments: dict[int, Segment] = field(default_factory=dict)
+    shift: torch.Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Positions in the prompt, S."""
+        return self.tokens.role.shape[1]
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """What the host knows about a prompt from its token ids alone, so that no layer has to ask the device.
+
+    Attributes:
+        units: for every scope a plan uses, the units as the prompt came.
+        others: per row, tokens that are neither padding, separators nor visual.
+        lines: one more than the largest line number; 0 = the prompt has no separators.
+        images: the most images a row has.
+        last: int64 [B], the last token of each row; None = the last position everywhere.
+    """
+
+    units: Mapping[Scope, Units]
+    others: Sequence[int]
+    lines: int
+    images: int
+    last: torch.Tensor | None
+
+    @classmethod
+    def of(cls, tokens: TokenMap, scopes: set[Scope], device: torch.device) -> HostFacts:
+        """Facts of a prompt; `tokens` lives on the CPU, tensors of the result on `device`."""
+        others = ((tokens.role == Role.SYSTEM) | (tokens.role == Role.QUESTION)).sum(1).tolist()
+        separators = (tokens.role == Role.SEPARATOR).any()
+        real = tokens.role != Role.PAD
+        last = (real.long() * torch.arange(real.shape[1])).argmax(1)
+        return cls(
+            units={scope: Units.of(tokens, scope, device) for scope in scopes},
+            others=others,
+            lines=int(tokens.line.max()) + 1 if separators else 0,
+            images=int(tokens.image.max()) + 1,
+            last=None if bool((last == real.shape[1] - 1).all()) else last.to(device),
+        )
+
+
+class Prefill:
+    """The rows of one prompt between two decoder layers. Lives as long as one forward call.
+
+    Attributes:
+        segment: which prompt positions the n rows hold; None = the prompt as it came.
+        rope: cosine and sine of the rows, [B or 1, n, d] each; position: int64 [B or 1, n] or None, as layers get it.
+        scores: float32 [B, >= n], attention of the last prompt row in the layer before; None = nobody asked.
+    """
+
+    def __init__(self, state: PromptState, facts: HostFacts, tower: Tower | None, simulate: bool) -> None:
+        self.state, self.facts, self.tower, self.simulate = state, facts, tower, simulate
+        self.segment: Segment | None = None
+        self.rope: Rope | None = None
+        self.position: torch.Tensor | None = None
+        self.scores: torch.Tensor | None = None
+        self.last = facts.last
+        self.units: dict[Scope, Units] = dict(facts.units)
+
+    @property
+    def has_visual(self) -> bool:
+        """Whether any row still holds visual tokens."""
+        return any(unit.count for units in self.units.values() for unit in units.units)
+
+    def enter(self, rope: Rope, position: torch.Tensor | None) -> None:
+        """Take the rotary tables of the whole prompt, unless rows have already left."""
+        if self.segment is None:
+            self.rope, self.position = rope, position
+
+    def reduce(
+        self,
+        reducer: Reducer,
+        layer: int,
+        hidden: torch.Tensor,
+        project: Callable[[torch.Tensor], torch.Tensor],
+        rotary: Callable[[torch.Tensor, torch.Tensor], Rope],
+    ) -> torch.Tensor:
+        """Let `reducer` act on `hidden` [B, n, D] at the input of `layer`; returns the rows that remain.
+
+        Args:
+            project: the projector, [..., Dv] -> [..., D]; rotary: the decoder's rotary embedding.
+
+        Raises:
+            BudgetError: more tokens are to be kept than a unit has.
+            PlanError: the reducer needs complete grids and a unit has none.
+        """
+        units = self._units(reducer.scope)
+        if "full_grid" in reducer.needs:
+            for unit in units.units:
+                if not unit.grids:
+                    raise PlanError(f"{reducer.name} needs complete grids; row {unit.row} has none in {unit.label}.")
+        counts = [reducer.budget(unit) for unit in units.units]
+        if counts == [unit.count for unit in units.units]:
+            return hidden
+        batch, slots = hidden.shape[:2]
+        segment = self.segment
+        if segment is None:
+            everything = torch.arange(slots, device=hidden.device).expand(batch, -1)
+            segment = Segment(everything, None, slots)
+        columns, valid = segment.columns, segment.valid
+        index, filled = self._pack(units, columns, valid)
+        tokens = self._view(reducer, units, hidden, columns, index, filled)
+        selection = reducer.reduce(tokens, counts)
+        kept = index.gather(1, selection.index)
+        places = (units.rows[:, None] * slots + kept).flatten()
+        if len(set(counts)) > 1:  # flat numbers of the valid entries, from counts the host knows
+            most = max(counts)
+            flat = [unit * most + i for unit, count in enumerate(counts) for i in range(count)]
+            chosen = torch.tensor(flat, device=hidden.device)
+            places = places[chosen]
+        else:
+            chosen = None
+        if selection.mix is not None:
+            hidden = self._merge(reducer, hidden, tokens, selection, places, chosen, columns, project)
+        keep = torch.zeros(batch * slots, dtype=torch.bool, device=hidden.device).index_fill_(0, places, True)
+        keep = keep.view(batch, slots)
+        role = self.state.tokens.role.gather(1, columns)
+        alive = role != Role.PAD if valid is None else valid & (role != Role.PAD)
+        keep |= alive & ((role == Role.SYSTEM) | (role == Role.QUESTION))
+        if self.facts.lines:
+            keep |= alive & (role == Role.SEPARATOR) & self._lines_alive(keep & (role == Role.IMAGE), columns)
+        self._bury(alive & ~keep, columns, layer)
+        if reducer.position_policy == "compact":
+            self._compact(alive & ~keep, columns, hidden, rotary)
+        self.units = {reducer.scope: units.with_counts(counts)}
+        if self.simulate:
+            self.segment = Segment(columns, keep, segment.length)
+            return hidden
+        return self._repack(hidden, keep, columns, self._row_counts(units, counts, keep), segment.length)
+
+    def _units(self, scope: Scope) -> Units:
+        """The units of `scope` as they are now."""
+        if scope not in self.units:
+            units = self.facts.units[scope]
+            assert self.segment is not None
+            now = units.members(self.segment.columns, self.segment.valid).sum(1).tolist()
+            self.units[scope] = units.with_counts(now)
+        return self.units[scope]
+
+    def _pack(
+        self, units: Units, columns: torch.Tensor, valid: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slot of every unit's tokens, int64 [U, N], and which entries are used, bool [U, N]."""
+        held = torch.tensor([unit.count for unit in units.units], device=columns.device)[:, None]
+        most = max(unit.count for unit in units.units)
+        members = units.members(columns, valid)
+        index = members.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        return index, torch.arange(most, device=columns.device) < held
+
+    def _view(
+        self,
+        reducer: Reducer,
+        units: Units,
+        hidden: torch.Tensor,
+        columns: torch.Tensor,
+        index: torch.Tensor,
+        filled: torch.Tensor,
+    ) -> VisualTokens:
+        rows = units.rows[:, None]
+        at = columns[rows, index]
+        tower = None
+        if "tower" in reducer.needs:
+            assert self.tower is not None
+            source = self.state.tokens.source[rows, at].clamp(min=0)
+            tower = TowerTokens(self.tower.features[source], self.tower.attention[source], self.tower.keys[source])
+        attention = None
+        if "last_row_attention" in reducer.needs:
+            assert self.scores is not None
+            attention = self.scores[rows, index]
+        size = self.state.tokens.size[rows, at]
+        return VisualTokens(units.units, hidden[rows, index], filled, size, attention, tower)
+
+    def _merge(
+        self,
+        reducer: Reducer,
+        hidden: torch.Tensor,
+        tokens: VisualTokens,
+        selection: Selection,
+        places: torch.Tensor,
+        chosen: torch.Tensor | None,
+        columns: torch.Tensor,
+        project: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Write the mixed features into the rows `places`, and add up the sizes."""
+        assert selection.mix is not None
+        mix = selection.mix.float().masked_fill(~tokens.valid[:, None], 0.0)
+        features = tokens.tower.features if reducer.space == "tower" and tokens.tower is not None else tokens.hidden
+        mixed = (mix @ features.float().masked_fill(~tokens.valid[..., None], 0.0)).to(features.dtype)
+        if reducer.space == "tower":
+            mixed = project(mixed)
+        mixed = mixed.flatten(0, 1).to(hidden.dtype)
+        # a token's size is shared out in proportion to where its features went
+        mix = mix * selection.valid[..., None]
+        sizes = ((mix / mix.sum(1, keepdim=True).clamp(min=1e-12)) @ tokens.size[..., None]).flatten()
+        if chosen is not None:
+            mixed, sizes = mixed[chosen], sizes[chosen]
+        batch, slots, width = hidden.shape
+        size, length = self.state.tokens.size, self.state.length
+        where = (places // slots) * length + columns.flatten()[places]
+        self.state.tokens = self.state.tokens.replace(size=size.flatten().index_copy(0, where, sizes).view_as(size))
+        return hidden.reshape(-1, width).index_copy(0, places, mixed).view(batch, slots, width)
+
+    def _lines_alive(self, kept: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """bool [B, n]: whether a visual token in `kept` lies on the slot's line."""
+        tokens, lines = self.state.tokens, self.facts.lines
+        line = tokens.line.gather(1, columns)
+        key = torch.where(line < 0, 0, tokens.image.gather(1, columns) * lines + line + 1)
+        found = torch.zeros(key.shape[0], self.facts.images * lines + 1, dtype=torch.long, device=key.device)
+        return found.scatter_add_(1, key, kept.long()).gather(1, key) > 0
+
+    def _bury(self, dead: torch.Tensor, columns: torch.Tensor, layer: int) -> None:
+        until = self.state.tokens.lives_until
+        now = torch.where(dead, layer, until.gather(1, columns)).to(until.dtype)
+        self.state.tokens = self.state.tokens.replace(lives_until=until.scatter(1, columns, now))
+
+    def _compact(
+        self,
+        dead: torch.Tensor,
+        columns: torch.Tensor,
+        hidden: torch.Tensor,
+        rotary: Callable[[torch.Tensor, torch.Tensor], Rope],
+    ) -> None:
+        """Close the gaps in the position ids."""
+        before = dead.long().cumsum(1)
+        position = self.state.tokens.position[0]
+        now = position.gather(1, columns) - before
+        self.state.tokens = self.state.tokens.replace(position=position.scatter(1, columns, now)[None])
+        self.state.shift = before[:, -1:] if self.state.shift is None else self.state.shift + before[:, -1:]
+        self.rope, self.position = rotary(hidden, now), now if self.position is not None else None
+
+    def _row_counts(self, units: Units, counts: Sequence[int], keep: torch.Tensor) -> list[int]:
+        """Tokens each row keeps; with separators only the device knows how many of those stay."""
+        if self.facts.lines:
+            return keep.sum(1).tolist()
+        rows = list(self.facts.others)
+        for unit, count in zip(units.units, counts, strict=True):
+            rows[unit.row] += count
+        return rows
+
+    def _repack(
+        self, hidden: torch.Tensor, keep: torch.Tensor, columns: torch.Tensor, rows: Sequence[int], length: int
+    ) -> torch.Tensor:
+        """Move the kept rows to the right end; shorter rows are filled up with rows that take no part."""
+        assert self.rope is not None
+        longest = max(rows)
+        order = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - longest :]
+        valid = None if min(rows) == longest else keep.gather(1, order)
+        self.segment = Segment(columns.gather(1, order), valid, length)
+        self.rope = (gather_rows(self.rope[0], order), gather_rows(self.rope[1], order))
+        if self.position is not None:
+            self.position = self.position.expand(len(order), -1).gather(1, order)
+        if self.scores is not None:
+            self.scores = self.scores.gather(1, order)
+        self.last = None
+        return gather_rows(hidden, order)
+
+
+def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x [B or 1, S, D], index [B, n] -> [B, n, D]."""
+    return x.expand(index.shape[0], -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,0 +1,69 @@
+"""What a plan did to one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from mmefficient.flops import layer_flops
+from mmefficient.tokens import TokenMap
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """One row of the batch: visual tokens in the prompt, and how many of them each decoder layer held."""
+
+    visual_total: int
+    kept_per_layer: list[int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One `generate` or `forward` call. Beams and repeated samples are rows of their own.
+
+    Attributes:
+        plan: the plan as text; mode: "apply" or "simulate".
+        rows: one entry per row.
+        prefill_flops: of the decoder layers, all rows together (see `flops.layer_flops`); simulating saves nothing.
+        prefill_flops_without_plan: likewise, with no plan.
+        stages_ms: milliseconds per stage, filled in by whoever timed them.
+        generated_tokens: filled in by whoever decoded them.
+    """
+
+    plan: str
+    mode: str
+    rows: list[RowReport]
+    prefill_flops: int
+    prefill_flops_without_plan: int
+    stages_ms: dict[str, float] = field(default_factory=dict)
+    generated_tokens: int | None = None
+    lives_until: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
+
+    @classmethod
+    def of(cls, plan: str, mode: str, tokens: TokenMap, layers: int, config: Any) -> Report:
+        """Report on a prompt.
+
+        Args:
+            tokens: the map after the prefill.
+            layers: decoder layers; config: of the text model.
+        """
+        tokens = tokens.to(torch.device("cpu"))
+        held = torch.stack([tokens.alive(layer) for layer in range(layers)])  # [layers, B, S]
+        visual = (held & tokens.visual).sum(-1).T.tolist()
+        rows = [RowReport(int(total), kept) for total, kept in zip(tokens.visual.sum(1), visual, strict=True)]
+        full = sum(layers * layer_flops(config, count) for count in (tokens.role != 0).sum(1).tolist())
+        computed = sum(layer_flops(config, count) for count in held.sum(-1).flatten().tolist())
+        lives = tuple(until[seen] for until, seen in zip(tokens.lives_until, tokens.visual, strict=True))
+        return cls(plan, mode, rows, computed if mode == "apply" else full, full, lives_until=lives)
+
+    def kept(self, row: int, layer: int) -> torch.Tensor:
+        """int64 indices, ascending, into the visual tokens of `row` (prompt order) that decoder layer `layer` held."""
+        return (self.lives_until[row] > layer).nonzero()[:, 0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        plain: Mapping[str, Any] = asdict(self)
+        return {name: value for name, value in plain.items() if name != "lives_until"}

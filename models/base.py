@@ -1,0 +1,106 @@
+"""What the executor needs to know about a model family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from mmefficient.errors import ModelError
+from mmefficient.tokens import Layout
+
+
+class Adapter:
+    """Names the parts of one model; subclasses know one family. Holds no state of a call.
+
+    Attributes:
+        base: the multimodal model without a head; its forward merges image features into the text.
+        decoder: the language model; `decoder.layers` are called one after the other.
+    """
+
+    mrope: ClassVar[bool] = False
+    """Whether positions are (time, height, width) triplets."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.base: nn.Module = model.base_model  # type: ignore[assignment]
+        self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+        self.config: Any = model.config
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        return self.decoder.layers  # type: ignore[return-value]
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        """Token id of each kind of visual placeholder."""
+        ids = {kind: getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")}
+        return {kind: token for kind, token in ids.items() if isinstance(token, int)}
+
+    def layouts(self, kind: str, arguments: Mapping[str, Any], features: Sequence[torch.Tensor]) -> list[Layout]:
+        """Layout of every image.
+
+        Args:
+            kind: "image" or "video".
+            arguments: what `get_<kind>_features` was called with.
+            features: what it returned, one [T, D] per image.
+        """
+        raise NotImplementedError
+
+    def crops(self, arguments: Mapping[str, Any], images: int) -> list[int]:
+        """How many vision tower inputs each image was cut into."""
+        return [1] * images
+
+    def tower_parts(self) -> tuple[nn.Module, nn.Module]:
+        """The projector, and the attention module of the tower layer whose output the projector reads.
+
+        Raises:
+            ModelError: the family has no such layer.
+        """
+        raise ModelError(
+            f"{type(self.base).__name__} has no vision tower layer with one key per visual token; "
+            "use a method that works inside the language model, such as fastv."
+        )
+
+
+class ProjectorAdapter(Adapter):
+    """Families built from `vision_tower`, `multi_modal_projector` and `language_model`."""
+
+    def tower_parts(self) -> tuple[nn.Module, nn.Module]:
+        choice = self.config.vision_feature_layer
+        layers = _encoder_layers(self.base.vision_tower)  # type: ignore[arg-type]
+        if not isinstance(choice, int):
+            raise ModelError("the projector reads several vision tower layers; tower methods need a single one.")
+        index = (choice if choice >= 0 else len(layers) + 1 + choice) - 1  # hidden state 0 precedes all layers
+        attention = getattr(layers[index], "self_attn", None) if 0 <= index < len(layers) else None
+        if attention is None or not (hasattr(attention, "q_proj") and hasattr(attention, "k_proj")):
+            raise ModelError(f"cannot read queries and keys of {type(self.base.vision_tower).__name__}.")
+        return self.base.multi_modal_projector, attention  # type: ignore[return-value]
+
+
+def _encoder_layers(tower: nn.Module) -> nn.ModuleList:
+    encoder = getattr(tower, "encoder", None) or getattr(getattr(tower, "vision_model", None), "encoder", None)
+    if encoder is None or not hasattr(encoder, "layers"):
+        raise ModelError(f"cannot find the encoder layers of {type(tower).__name__}.")
+    return encoder.layers
+
+
+def square_layout(tokens: int) -> Layout:
+    """A square grid of `tokens` patches; one extra leading token is a CLS token without a place.
+
+    Raises:
+        ModelError: the tokens form no square.
+    """
+    side = math.isqrt(tokens)
+    if side * side == tokens:
+        return Layout.grid(side, side)
+    side = math.isqrt(tokens - 1)
+    if side * side != tokens - 1:
+        raise ModelError(f"{tokens} visual tokens form no square grid; this vision tower is not supported.")
+    grid = Layout.grid(side, side)
+    lead = {"tile": 0, "row": -1, "col": -1, "view": 0, "separator": 0, "line": -1, "source": 0}
+    parts = {name: torch.cat([torch.tensor([value]), getattr(grid, name)]) for name, value in lead.items()}
+    return Layout(**{**parts, "source": torch.arange(tokens)})
