@@ -10,6 +10,7 @@ import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -86,9 +87,10 @@ class Watcher:
             name = f"get_{kind}_features"
             stock = getattr(base, name, None)
             if stock is not None:
-                before = {name: base.__dict__[name]} if name in base.__dict__ else {}  # somebody else's wrapper
+                # the instance may carry somebody else's wrapper already
+                restore = partial(base.__dict__.__setitem__, name, stock)
+                undo.append(restore if name in base.__dict__ else partial(base.__dict__.pop, name))
                 base.__dict__[name] = FeatureTap(self, kind, stock)
-                undo.append(partial(base.__dict__.pop, name))
         if self.tower is not None:
             projector, attention = self.tower
             handles = [
