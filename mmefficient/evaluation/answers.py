@@ -46,7 +46,6 @@ class AnswerLog:
         self._file: BinaryIO | None = None
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
         if b"\n" in content:
             self._read(content, header)

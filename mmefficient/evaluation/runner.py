@@ -9,6 +9,7 @@ import shlex
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def run_eval(
         The report, which is also the content of `report.json`: see `mmefficient.evaluation.report.build`.
 
     Raises:
-        InputError: an unknown task or kind, a number out of range, or answers in `out` that belong to another run.
+        InputError: an unknown task or kind, a number out of range, or an `out` that is no directory or holds the
+            answers of another run.
         PlanError: a plan that cannot be parsed, or does not fit the model.
         ModelError: a model that cannot be loaded, or cannot carry a plan.
     """
@@ -73,10 +75,10 @@ def run_eval(
     task = tasks.get(task) if isinstance(task, str) else task
     chosen = list({str(plan): plan for plan in [Plan(), *map(_plan, plans)]}.values())
     records = _records(task, None if kinds is None else list(dict.fromkeys(kinds)), limit)
+    folder = None if out is None else _folder(Path(out))
     vlm = model if isinstance(model, VLM) else VLM.from_pretrained(model, device=device, dtype=dtype)
     asker = Asker(vlm.model, vlm.processor, task)
     size = batch_size or (16 if vlm.model.device.type == "cpu" else 128)
-    folder = None if out is None else Path(out)
     identity = {
         "task": task.name,
         "questions": len(records),
@@ -86,16 +88,20 @@ def run_eval(
         "decoding": "greedy",
         "max_new_tokens": {kind: task.kinds[kind].max_new_tokens for kind in dict.fromkeys(r.kind for r in records)},
     }
-    for plan in chosen:
-        with plan.apply(vlm.model):
-            pass  # a plan that does not fit the model is refused now, not after hours
     runs = []
-    hidden = None if progress is None else not progress
-    with tqdm(total=len(chosen) * len(records), unit="question", smoothing=0.05, disable=hidden) as bar:
-        for plan in chosen:
+    with ExitStack() as stack:
+        logs = [stack.enter_context(_log(folder, {**identity, "plan": str(plan)}, records)) for plan in chosen]
+        for plan, log in zip(chosen, logs, strict=True):
+            if plan and len(log.answers) < len(records):
+                with plan.apply(vlm.model) as run:
+                    asker.ask(records[:1], run)  # a plan that does not fit the model is refused now, not after hours
+        hidden = None if progress is None else not progress
+        bar = stack.enter_context(
+            tqdm(total=len(chosen) * len(records), unit="question", smoothing=0.05, disable=hidden)
+        )
+        for plan, log in zip(chosen, logs, strict=True):
             bar.set_description(str(plan))
-            with _log(folder, {**identity, "plan": str(plan)}, records) as log:
-                runs.append(_run(asker, plan, batches(records, size), log, check_flips, bar))
+            runs.append(_run(asker, plan, batches(records, size), log, check_flips, bar))
     report = build(
         task,
         records,
@@ -154,6 +160,14 @@ def _records(task: Task, kinds: Sequence[str] | None, limit: int | None) -> list
             raise InputError(f'The task {task.name} has two questions with the id "{record.id}"; ids must differ.')
         seen.add(record.id)
     return records
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be the output directory ({error.strerror}); choose another.") from error
+    return path
 
 
 def _log(folder: Path | None, header: dict[str, Any], records: Sequence[Record]) -> AnswerLog:

@@ -7,15 +7,18 @@ import os
 import random
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mmefficient.errors import InputError
+from mmefficient.errors import BudgetError, InputError, PlanError, UnknownMethodError
 from mmefficient.evaluation import Record, Task, run_eval
+from mmefficient.evaluation.answers import Answer, AnswerLog
 from mmefficient.evaluation.generation import Asker, batches, fingerprint
+from mmefficient.plan import Plan
 from mmefficient.vlm import VLM
 
 PLAN = "grid(keep=0.25)"
@@ -91,8 +94,16 @@ def test_images_may_be_pil(task: Task, vlm: VLM) -> None:
 
 
 @pytest.mark.parametrize("kill", [1, 3, 5, 7, 8, 11, 15, 16])
-def test_a_killed_run_goes_on_to_the_same_numbers(task: Task, vlm: VLM, tmp_path: Path, kill: int) -> None:
+def test_a_killed_run_goes_on_to_the_same_numbers(
+    task: Task, vlm: VLM, tmp_path: Path, kill: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = 0
+    appended: list[str] = []
+    append = AnswerLog.append
+
+    def counted(self: AnswerLog, answers: Sequence[Answer]) -> None:
+        appended.extend(answer.id for answer in answers)
+        append(self, answers)
 
     def pictures(records: Any, device: torch.device) -> torch.Tensor:
         nonlocal calls
@@ -102,12 +113,13 @@ def test_a_killed_run_goes_on_to_the_same_numbers(task: Task, vlm: VLM, tmp_path
         return task.pictures(records, device)  # type: ignore[return-value]
 
     whole = evaluate(task, vlm, tmp_path / "whole")
+    monkeypatch.setattr(AnswerLog, "append", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(dataclasses.replace(task, pictures=pictures), vlm, tmp_path / "killed")
     assert not (tmp_path / "killed" / "report.json").exists()
     resumed = evaluate(dataclasses.replace(task, pictures=pictures), vlm, tmp_path / "killed")
     assert numbers(resumed) == numbers(whole)
-    assert calls == 2 * 9 + 1, "an answered batch was asked again"
+    assert sorted(appended) == sorted(2 * [record.id for record in task.records(None, None)])
     assert texts(tmp_path / "killed") == texts(tmp_path / "whole")
 
 
@@ -236,6 +248,35 @@ def test_fingerprint_sees_the_weights(vlm: VLM) -> None:
 def test_bad_settings_are_refused(task: Task, vlm: VLM, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         run_eval(task, [], vlm, **options)
+
+
+@pytest.mark.parametrize(
+    ("plan", "error"),
+    [("grid(keep=17)", BudgetError), ("exit(layer=9)", PlanError), ("gird(keep=1)", UnknownMethodError)],
+)
+def test_a_plan_that_does_not_fit_is_refused_before_the_baseline_runs(
+    task: Task, vlm: VLM, tmp_path: Path, plan: str, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        run_eval(task, [plan], vlm, out=tmp_path)
+    assert all(len(path.read_text().splitlines()) == 1 for path in tmp_path.glob("*.jsonl"))
+
+
+PLANS = ["random(keep=0.5,seed=1)", "grid(keep=4)", "pool(keep=4)", "visionzip(dominant=3,contextual=2)"]
+PLANS += ["fastv(layer=2,keep=0.25)", "exit(layer=2)"]
+
+
+def test_every_kind_of_plan_gives_the_same_answers_in_any_batch(task: Task, vlm: VLM) -> None:
+    report = run_eval(task, PLANS, vlm, batch_size=7, check_flips=21, resamples=10)
+    assert [plan["plan"] for plan in report["plans"]] == ["none", *(str(Plan(plan)) for plan in PLANS)]
+    assert {plan["plan"]: plan["flips"]["ids"] for plan in report["plans"] if plan["flips"]["ids"]} == {}
+    assert all(plan["visual_tokens"] < 16 and plan["prefill_flops_ratio"] < 1 for plan in report["plans"][1:])
+
+
+def test_an_output_that_is_a_file_is_refused(task: Task, vlm: VLM, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be the output directory"):
+        run_eval(task, [], vlm, out=tmp_path / "file")
 
 
 def test_repeated_ids_are_refused(task: Task, vlm: VLM) -> None:
