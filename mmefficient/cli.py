@@ -193,3 +193,7 @@ def _as_dict(answer: Answer) -> dict[str, Any]:
         "prefill_flops": report.prefill_flops,
         "prefill_flops_without_plan": report.prefill_flops_without_plan,
     }
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ from mmefficient import __version__, cli
 from tests.tiny_checkpoint import LAYERS, VISUAL_TOKENS
 
 PLAN = "fastv(layer=1,keep=4)"
+ROOT = Path(__file__).parent.parent
 
 
 class Result:
@@ -196,8 +197,9 @@ def test_version_and_help(run: Any) -> None:
         assert "Usage: mmefficient" in result.out
 
 
-def test_the_examples_in_the_help_are_valid_commands(run: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_in_help_and_documentation_are_valid_commands(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every example parses and reaches its work; models and evaluation are replaced by stand-ins."""
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     seen: list[str] = []
 
     def stand_in(*arguments: object, **_: object) -> None:
@@ -207,17 +209,14 @@ def test_the_examples_in_the_help_are_valid_commands(run: Any, checkpoint: Path,
     monkeypatch.setattr("mmefficient.vlm.VLM.from_pretrained", stand_in)
     monkeypatch.setattr("mmefficient.evaluation.run_eval", stand_in)
     monkeypatch.setattr("mmefficient.images.load_image", lambda path: path)
-    examples = [
-        line.strip()
-        for command in cli.app.registered_commands
-        for line in (command.epilog or "").splitlines()
-        if line.startswith("mmefficient ")
-    ]
-    assert len(examples) >= 8
+    texts = [command.epilog or "" for command in cli.app.registered_commands]
+    texts += [document.read_text() for document in documents]
+    examples = [line for text in texts for line in text.splitlines() if line.startswith("mmefficient ")]
+    assert len(examples) >= 12
     for example in examples:
         result = run(*shlex.split(example)[1:])
         assert result.code == 0 or result.err == "mmefficient: reached\n", example
-    assert len(seen) == 5
+    assert len(seen) >= 8
 
 
 def test_eval_hands_everything_on(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

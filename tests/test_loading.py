@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-
 from mmefficient.errors import InputError, ModelError, PlanError
 from mmefficient.loading import load, resolve_device, resolve_dtype
 from tests.tiny_checkpoint import processor

@@ -29,12 +29,13 @@ VISUAL_TOKENS = 16
 """Of one image in the ``llava`` checkpoint."""
 
 TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }} : {% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE"
+    "{% for message in messages %}{{ message['role'] }} : "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %} {% endfor %}"
     "{% if add_generation_prompt %}assistant :{% endif %}"
 )
-WORDS = "user assistant what is in the picture are there how many a an and dog dogs cat cats bus it of left right yes no"
+WORDS = "user assistant what is in the picture are there how many a an and dog dogs cat cats bus it left right yes no"
 
 
 def processor(family: str = "llava") -> Any:
