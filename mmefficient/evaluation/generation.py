@@ -89,11 +89,18 @@ def fingerprint(model: Any, processor: Any) -> str:
     and does not depend on the directory or the shards that the weights came from.
     """
     sha = hashlib.sha256()
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "dtype")}
-    sha.update(repr(config).encode())
+    sha.update(repr(_meaningful(model.config.to_dict())).encode())
     sha.update(repr(getattr(processor, "chat_template", None)).encode())
     for name, parameter in model.named_parameters():
         values = parameter.detach().flatten()
         values = values[:: max(1, values.numel() // 4096)].float().cpu()
         sha.update(f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def _meaningful(config: Any) -> Any:
+    """A configuration without what says where it came from and how it was loaded."""
+    if not isinstance(config, dict):
+        return config
+    ignored = ("_name_or_path", "dtype", "transformers_version")
+    return {name: _meaningful(value) for name, value in config.items() if name not in ignored}

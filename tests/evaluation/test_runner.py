@@ -224,7 +224,11 @@ def test_groups_need_all_their_kinds(task: Task, vlm: VLM) -> None:
     assert report["plans"][0]["metrics"].keys() == {"colour/accuracy"}
 
 
-def test_fingerprint_sees_the_weights(vlm: VLM) -> None:
+def test_fingerprint_sees_the_weights_and_not_where_they_lie(vlm: VLM, tmp_path: Path) -> None:
+    vlm.model.save_pretrained(tmp_path)
+    vlm.processor.save_pretrained(tmp_path)
+    copy = VLM.from_pretrained(tmp_path, device="cpu", dtype="float32")
+    assert fingerprint(copy.model, copy.processor) == fingerprint(vlm.model, vlm.processor)
     before = fingerprint(vlm.model, vlm.processor)
     bias = vlm.model.model.multi_modal_projector.linear_1.bias
     with torch.no_grad():

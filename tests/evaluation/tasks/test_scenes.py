@@ -6,8 +6,9 @@ import torch
 from mmefficient.models.reference.scenes.splits import KINDS, Question, load
 from transformers import CLIPImageProcessor
 
-from mmefficient.evaluation import Output, Record, tasks
+from mmefficient.evaluation import Output, Record, run_eval, tasks
 from mmefficient.evaluation.task import digest
+from mmefficient.vlm import VLM
 
 TASK = tasks.get("scenes")
 
@@ -74,3 +75,12 @@ def test_pictures_are_told_apart_by_content(records: list[Record]) -> None:
     assert all(len(scenes) == 1 for scenes in by_picture.values())
     assert len(by_picture) < len(records), "kinds share pictures"
     assert len({digest(records), digest(records[:-1]), digest(TASK.records(["count"], 2))}) == 3
+
+
+def test_scenes_run_from_end_to_end(vlm: VLM) -> None:
+    report = run_eval("scenes", ["exit(layer=2)"], vlm, limit=2, batch_size=3, resamples=10)
+    for plan in report["plans"]:
+        kinds = {name.rpartition("/")[0] for name in plan["metrics"]}
+        assert kinds == {*KINDS, "mean", "existence"}
+        assert plan["questions"] == 2 * len(KINDS)
+    assert report["plans"][1]["paired"].keys() == report["plans"][0]["metrics"].keys()
