@@ -23,7 +23,7 @@ lint: $(VENV)/.dev  ## ruff: style and formatting mistakes
 types: $(VENV)/.dev  ## mypy, on the tree as it is installed
 	@rm -rf build/types && mkdir -p build/types/mmefficient
 	@ln -s $(CURDIR)/mmefficient/* $(CURDIR)/models $(CURDIR)/kernels $(CURDIR)/demo build/types/mmefficient/
-	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p mmefficient
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir /dev/null -p mmefficient
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
