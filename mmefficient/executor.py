@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from mmefficient.models.base import Adapter
 
 STATE = "_mmefficient_state"
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 Hooked = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Call:
     """One forward call of the model; travels as a keyword argument."""
 
-    def __init__(self, scored: frozenset[int]) -> None:
+    def __init__(self, scored: frozenset[int], drafts: int) -> None:
         self.scored = scored
         self.state: PromptState | None = None
         self.prefill: Prefill | None = None
@@ -42,6 +43,7 @@ class Call:
         self.vision: dict[str, Vision] = {}
         self.repeats: dict[str, int] = {}
         self.new = False
+        self.drafts = drafts
         self.memo: tuple[Any, Segment, torch.Tensor | None] | None = None
 
     def receive(self, kind: str, vision: Vision) -> None:
@@ -74,8 +76,8 @@ class Call:
 class Executor:
     """A plan on one model."""
 
-    def __init__(self, adapter: Adapter, reducers: Sequence[Reducer], run: Run) -> None:
-        self.adapter, self.reducers, self.run = adapter, tuple(reducers), run
+    def __init__(self, model: nn.Module, adapter: Adapter, reducers: Sequence[Reducer], run: Run) -> None:
+        self.model, self.adapter, self.reducers, self.run = model, adapter, tuple(reducers), run
         self.watcher = Watcher(adapter, any("tower" in reducer.needs for reducer in reducers))
         self.configs = self._text_configs()
         self.implementation: str = adapter.decoder.config._attn_implementation
@@ -113,6 +115,7 @@ class Executor:
         adapter = self.adapter
         undo = self.watcher.attach()
         handles = [
+            self.model.register_forward_pre_hook(self.on_model, with_kwargs=True),
             adapter.base.register_forward_pre_hook(self.on_base, with_kwargs=True),
             adapter.base.register_forward_hook(self.after_base, always_call=True),
             adapter.decoder.register_forward_pre_hook(self.on_decoder, with_kwargs=True),
@@ -129,9 +132,20 @@ class Executor:
                 _set_attention(config, name)
         return undo
 
+    def on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
+        """Notice drafts: assisted decoding reads its first proposals together with the prompt.
+
+        It asks for the logits of the proposals and of the prompt's last token; nothing else tells them apart.
+        """
+        wanted = kwargs.get("logits_to_keep")
+        if not isinstance(wanted, int) or wanted < 2 or kwargs.get("past_key_values") is None:
+            return None
+        return args, {**kwargs, KEY: wanted - 1}
+
     def on_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
         """Recognise a new prompt, and find its placeholders."""
         kwargs = dict(kwargs)
+        drafts = kwargs.pop(KEY, 0)
         ids = kwargs.get("input_ids", args[0] if args else None)
         if kwargs.get("cache") is not None and self.reducers:
             raise ModelError("continuous batching (generate_batch) is not supported; use generate.")
@@ -140,7 +154,7 @@ class Executor:
             use_cache = kwargs.get("use_cache")
             if self.adapter.decoder.config.use_cache if use_cache is None else use_cache:
                 cache = kwargs["past_key_values"] = DynamicCache(config=self.adapter.decoder.config)
-        call = Call(self.scored)
+        call = Call(self.scored, drafts)
         call.state = getattr(cache, STATE, None)
         arriving = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
         empty = cache is None or ((arriving > 1 or call.state is None) and int(cache.get_seq_length()) == 0)
@@ -149,12 +163,12 @@ class Executor:
                 raise InputError("inputs_embeds hide where the image tokens are; pass input_ids instead.")
             return args, kwargs
         call.new = empty
-        if ids is not None and (empty or arriving > 1):
+        pixels = any(kwargs.get(name) is not None for name in PIXELS.values())
+        if not empty and self.reducers and (pixels or any((kwargs.get("mm_encoder_outputs") or {}).values())):
+            raise InputError("an image arrives on a cache already in use; start a new cache for a new image.")
+        if call.new:
             on_host = ids.cpu()
             call.kinds = {kind: on_host == token for kind, token in self.adapter.placeholders.items()}
-            if not empty and self.reducers and any(bool(where.any()) for where in call.kinds.values()):
-                raise InputError("an image arrives on a cache already in use; start a new cache for a new image.")
-        if call.new:
             self._open(call, kwargs)
         elif call.state is None:
             return args, kwargs  # continues a prompt that was read without the plan
@@ -165,9 +179,8 @@ class Executor:
         """Match images to placeholders, now or when the model encodes them."""
         given = self.watcher.take()
         encoded = kwargs.get("mm_encoder_outputs") or {}
-        raw = {"image": kwargs.get("pixel_values"), "video": kwargs.get("pixel_values_videos")}
         for kind in call.kinds:
-            if raw.get(kind) is not None:
+            if kwargs.get(PIXELS[kind]) is not None:
                 continue
             output = encoded.get(kind)
             if output is not None and kind not in given:
@@ -224,7 +237,7 @@ class Executor:
         self.run.saw_images |= bool(seen.any())
         if "image" in call.vision and call.vision["image"].tower is not None and bool((tokens.source[seen] < 0).any()):
             raise ModelError("these images are resampled after the vision tower; tower methods cannot run on them.")
-        facts = HostFacts.of(tokens, {reducer.scope for reducer in self.reducers}, embeds.device)
+        facts = HostFacts.of(tokens, {reducer.scope for reducer in self.reducers}, call.drafts, embeds.device)
         state = call.state = PromptState(tokens.to(embeds.device))
         cache = kwargs.get("past_key_values")
         if cache is not None:
@@ -254,12 +267,13 @@ class Executor:
         prefill.enter(kwargs["position_embeddings"], kwargs.get("position_ids"))
         for reducer in self.reducers:
             if reducer.site == index and prefill.has_visual:
-                hidden = prefill.reduce(reducer, index, hidden, self._project, self._rotary)
                 self.run.acted = True
+                hidden = prefill.reduce(reducer, index, hidden, self._project, self._rotary)
         segment = prefill.segment
         if segment is None:
             return None
-        call.state.segments[index] = segment
+        assert prefill.stored is not None
+        call.state.segments[index] = prefill.stored
         if cache is not None and segment.slots < segment.length:
             shrink_layer(cache, index, segment.length - segment.slots)
         keys = stored_rows(cache, index, segment.slots)

@@ -28,11 +28,12 @@ class Segment:
         """Rows the layers hold, n."""
         return self.columns.shape[1]
 
-    def to(self, device: torch.device) -> Segment:
-        """The same segment on `device`."""
-        if self.columns.device == device:
+    def without_end(self, count: int) -> Segment:
+        """The segment less the last `count` positions of the prompt, all of which it holds."""
+        if not count:
             return self
-        return Segment(self.columns.to(device), None if self.valid is None else self.valid.to(device), self.length)
+        valid = None if self.valid is None else self.valid[:, :-count]
+        return Segment(self.columns[:, :-count], valid, self.length - count)
 
 
 def prefill_mask(mask: torch.Tensor | None, segment: Segment, keys: int, flash: bool) -> torch.Tensor | None:

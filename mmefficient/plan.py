@@ -95,7 +95,7 @@ class Plan:
         if ATTACHED in adapter.base.__dict__:
             raise ModelError("this model already carries a plan; leave it first, or add the methods to it with '+'.")
         run = Run(str(self), mode, adapter)
-        executor = Executor(adapter, self.methods, run)
+        executor = Executor(model, adapter, self.methods, run)
         undo = executor.attach()
         adapter.base.__dict__[ATTACHED] = executor
         model.__dict__.pop("_compiled_call", None)  # a compiled decode step does not notice new hooks

@@ -46,27 +46,30 @@ class HostFacts:
         others: per row, tokens that are neither padding, separators nor visual.
         lines: one more than the largest line number; 0 = the prompt has no separators.
         images: the most images a row has.
-        last: int64 [B], the last token of each row; None = the last position everywhere.
+        drafts: tokens at the end that assisted decoding proposes; they are read with the prompt but are none of it.
+        last: int64 [B], the last prompt token of each row; None = the last position everywhere.
     """
 
     units: Mapping[Scope, Units]
     others: Sequence[int]
     lines: int
     images: int
+    drafts: int
     last: torch.Tensor | None
 
     @classmethod
-    def of(cls, tokens: TokenMap, scopes: set[Scope], device: torch.device) -> HostFacts:
+    def of(cls, tokens: TokenMap, scopes: set[Scope], drafts: int, device: torch.device) -> HostFacts:
         """Facts of a prompt; `tokens` lives on the CPU, tensors of the result on `device`."""
         others = ((tokens.role == Role.SYSTEM) | (tokens.role == Role.QUESTION)).sum(1).tolist()
         separators = (tokens.role == Role.SEPARATOR).any()
         real = tokens.role != Role.PAD
-        last = (real.long() * torch.arange(real.shape[1])).argmax(1)
+        last = (real.long() * torch.arange(real.shape[1])).argmax(1) - drafts
         return cls(
             units={scope: Units.of(tokens, scope, device) for scope in scopes},
             others=others,
             lines=int(tokens.line.max()) + 1 if separators else 0,
             images=int(tokens.image.max()) + 1,
+            drafts=drafts,
             last=None if bool((last == real.shape[1] - 1).all()) else last.to(device),
         )
 
@@ -76,6 +79,7 @@ class Prefill:
 
     Attributes:
         segment: which prompt positions the n rows hold; None = the prompt as it came.
+        stored: the same less the drafts, which the cache may lose again.
         rope: cosine and sine of the rows, [B or 1, n, d] each; position: int64 [B or 1, n] or None, as layers get it.
         scores: float32 [B, >= n], attention of the last prompt row in the layer before; None = nobody asked.
     """
@@ -83,6 +87,7 @@ class Prefill:
     def __init__(self, state: PromptState, facts: HostFacts, tower: Tower | None, simulate: bool) -> None:
         self.state, self.facts, self.tower, self.simulate = state, facts, tower, simulate
         self.segment: Segment | None = None
+        self.stored: Segment | None = None
         self.rope: Rope | None = None
         self.position: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
@@ -156,9 +161,12 @@ class Prefill:
             self._compact(alive & ~keep, columns, hidden, rotary)
         self.units = {reducer.scope: units.with_counts(counts)}
         if self.simulate:
-            self.segment = Segment(columns, keep, segment.length)
+            self._hold(Segment(columns, keep, segment.length))
             return hidden
         return self._repack(hidden, keep, columns, self._row_counts(units, counts, keep), segment.length)
+
+    def _hold(self, segment: Segment) -> None:
+        self.segment, self.stored = segment, segment.without_end(self.facts.drafts)
 
     def _units(self, scope: Scope) -> Units:
         """The units of `scope` as they are now."""
@@ -277,13 +285,14 @@ class Prefill:
         longest = max(rows)
         order = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - longest :]
         valid = None if min(rows) == longest else keep.gather(1, order)
-        self.segment = Segment(columns.gather(1, order), valid, length)
+        self._hold(Segment(columns.gather(1, order), valid, length))
         self.rope = (gather_rows(self.rope[0], order), gather_rows(self.rope[1], order))
         if self.position is not None:
             self.position = self.position.expand(len(order), -1).gather(1, order)
         if self.scores is not None:
             self.scores = self.scores.gather(1, order)
-        self.last = None
+        drafts = self.facts.drafts
+        self.last = order.new_full((len(order),), longest - 1 - drafts) if drafts else None
         return gather_rows(hidden, order)
 
 

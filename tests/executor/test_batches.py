@@ -1,0 +1,116 @@
+"""Rows of a batch do not notice each other, and hiding tokens equals removing them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmefficient.errors import MMEfficientError
+from mmefficient.plan import Plan
+from tests import tiny
+from tests.executor.oracle import logits
+
+PLANS = [
+    "random(keep=0.5)",
+    "random(keep=0.5,seed=1,positions=compact)",
+    "grid(keep=0.4)",
+    "pool(keep=0.3)",
+    "fastv(layer=2,keep=0.5)",
+    "exit(layer=0)",
+    "exit(layer=2)",
+    "visionzip(dominant=0.4,contextual=0.2)",
+    "visionzip(dominant=0.4,contextual=0.2,positions=keep)+fastv(layer=1,keep=0.5)",
+    "pool(keep=0.5)+random(keep=0.7)+fastv(layer=1,keep=0.5)+fastv(layer=2,keep=1)+exit(layer=3)",
+]
+
+
+def supported(family: str, plan: str) -> bool:
+    """M-RoPE cannot close up ids, and merged patches have no tower facts."""
+    return family != "qwen2_5_vl" or not ("compact" in plan or "visionzip" in plan)
+
+
+CASES = [(family, plan) for family in tiny.FAMILIES for plan in PLANS if supported(family, plan)]
+
+
+@pytest.mark.parametrize(("family", "plan"), CASES)
+def test_rows_equal_batch_one_and_hiding_equals_removing(family: str, plan: str) -> None:
+    model, prompts = tiny.build(family), tiny.ragged_prompts(family)
+    batch = tiny.collate(family, prompts)
+    with Plan(plan).apply(model) as run:
+        together = logits(model, batch)
+    report = run.report()
+    with Plan(plan).apply(model, mode="simulate") as simulated:
+        torch.testing.assert_close(together, logits(model, batch), rtol=0, atol=1e-5)
+    hidden = simulated.report()
+    assert [row.kept_per_layer for row in hidden.rows] == [row.kept_per_layer for row in report.rows]
+    assert hidden.prefill_flops == hidden.prefill_flops_without_plan
+    for row, each in enumerate(prompts):
+        with Plan(plan).apply(model) as run:
+            torch.testing.assert_close(
+                together[:, row], logits(model, tiny.collate(family, [each]))[:, 0], rtol=0, atol=1e-5
+            )
+        alone = run.report()
+        for layer in range(tiny.LAYERS):
+            assert torch.equal(alone.kept(0, layer), report.kept(row, layer))
+            assert torch.equal(alone.kept(0, layer), hidden.kept(row, layer))
+
+
+@pytest.mark.parametrize("plan", ["random(keep=0.5)", "fastv(layer=1,keep=0.5)+exit(layer=3)"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_eager_masks(family: str, plan: str) -> None:
+    batch = tiny.ragged_batch(family)
+    results = []
+    for implementation in ("sdpa", "eager"):
+        model = tiny.build(family, implementation)
+        with Plan(plan).apply(model):
+            results.append(logits(model, batch))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["apply", "simulate"])
+def test_equal_rows_stay_without_a_mask(mode: str) -> None:
+    """The same counts in every row: no padding appears, so the fast causal path must stay open."""
+    model = tiny.build("llava")
+    batch = tiny.collate("llava", [tiny.prompt("llava", 1, 3, 4), tiny.prompt("llava", 1, 2, 5)])
+    masks = []
+
+    def note(module: torch.nn.Module, args: object, kwargs: dict[str, object]) -> None:
+        masks.append(kwargs["attention_mask"])
+
+    handle = model.get_decoder().layers[3].self_attn.register_forward_pre_hook(note, with_kwargs=True)
+    with Plan("fastv(layer=2,keep=0.5)").apply(model, mode=mode):
+        logits(model, batch)
+    handle.remove()
+    assert all(mask is None for mask in masks) == (mode == "apply")
+
+
+def test_rows_without_images_alone() -> None:
+    model, batch = tiny.build("llava"), tiny.collate("llava", [tiny.prompt("llava", 0, 2, 5)])
+    plain = logits(model, batch)
+    with Plan("fastv(layer=2,keep=0.5)").apply(model) as run:
+        assert torch.equal(plain, logits(model, batch))
+    assert run.report().rows[0].visual_total == 0
+
+
+def test_right_padding_in_plain_forward() -> None:
+    """The last prompt token is not in the last column; the rows that are left come out padded on the left."""
+    model = tiny.build("llava")
+    prompts = [tiny.prompt("llava", 1, 3, 6), tiny.prompt("llava", 1, 2, 4)]
+    left = tiny.collate("llava", prompts)
+    right = dict(left)
+    right["input_ids"] = torch.stack([left["input_ids"][0], left["input_ids"][1].roll(-3)])
+    right["attention_mask"] = torch.stack([left["attention_mask"][0], left["attention_mask"][1].flip(0)])
+    for plan in ("fastv(layer=1,keep=0.5)", "fastv(layer=1,keep=0.5)+fastv(layer=2,keep=3)"):
+        with Plan(plan).apply(model) as run, torch.no_grad():
+            expected = [model(**tiny.collate("llava", [each])).logits[0] for each in prompts]
+            got = model(**right).logits
+        assert [row.kept_per_layer[-1] for row in run.report().rows] == [8, 8] if "3" not in plan else [3, 3]
+        for row, alone in enumerate(expected):
+            torch.testing.assert_close(got[row, -len(alone) :], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", ["visionzip(dominant=2,contextual=1)", "random(keep=0.5,positions=compact)"])
+def test_refused_on_qwen(plan: str) -> None:
+    context = Plan(plan).apply(tiny.build("qwen2_5_vl"))
+    with pytest.raises(MMEfficientError):
+        context.__enter__()
