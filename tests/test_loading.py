@@ -11,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmefficient.errors import InputError, ModelError, PlanError
 from mmefficient.loading import load, resolve_device, resolve_dtype
-from tests.tiny_checkpoint import processor
 
 
 def refused(name: str | Path) -> str:
@@ -120,7 +119,3 @@ def test_the_reference_name_is_the_embedded_model(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("mmefficient.models.reference.path", lambda: checkpoint)
     model, _ = load("reference", device="cpu", dtype="auto", attn_implementation=None)
     assert model.config.model_type == "llava"
-
-
-def test_the_fixture_processor_matches_its_checkpoint() -> None:
-    assert processor().tokenizer.convert_tokens_to_ids("<image>") == 3
