@@ -35,7 +35,8 @@ Hooked = tuple[tuple[Any, ...], dict[str, Any]]
 class Call:
     """One forward call of the model; travels as a keyword argument."""
 
-    def __init__(self, scored: frozenset[int], drafts: int) -> None:
+    def __init__(self, scored: frozenset[int], drafts: int, strict: bool) -> None:
+        self.strict = strict
         self.scored = scored
         self.state: PromptState | None = None
         self.prefill: Prefill | None = None
@@ -48,9 +49,16 @@ class Call:
 
     def receive(self, kind: str, vision: Vision) -> None:
         """Take the images of the prompt; raises InputError when they do not fit the placeholders."""
-        self.vision[kind] = vision
         placeholders = self.kinds[kind].sum(1).tolist()
-        images_of_rows(placeholders, [len(layout) for layout in vision.layouts], kind, self.repeats.get(kind, 1))
+        lengths = [len(layout) for layout in vision.layouts]
+        try:
+            images_of_rows(placeholders, lengths, kind, self.repeats.get(kind, 1))
+        except InputError:
+            # the model only compares totals; without methods it must run whatever it runs without a plan
+            if self.strict or sum(placeholders) != sum(lengths) * self.repeats.get(kind, 1):
+                raise
+        else:
+            self.vision[kind] = vision
 
     def mask(self, stock: Any, segment: Segment, make: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
         """The mask that `make` makes; layers that hold the same segment share it."""
@@ -154,7 +162,7 @@ class Executor:
             use_cache = kwargs.get("use_cache")
             if self.adapter.decoder.config.use_cache if use_cache is None else use_cache:
                 cache = kwargs["past_key_values"] = DynamicCache(config=self.adapter.decoder.config)
-        call = Call(self.scored, drafts)
+        call = Call(self.scored, drafts, strict=bool(self.reducers))
         call.state = getattr(cache, STATE, None)
         arriving = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
         empty = cache is None or ((arriving > 1 or call.state is None) and int(cache.get_seq_length()) == 0)
@@ -167,6 +175,7 @@ class Executor:
         if not empty and self.reducers and (pixels or any((kwargs.get("mm_encoder_outputs") or {}).values())):
             raise InputError("an image arrives on a cache already in use; start a new cache for a new image.")
         if call.new:
+            assert ids is not None
             on_host = ids.cpu()
             call.kinds = {kind: on_host == token for kind, token in self.adapter.placeholders.items()}
             self._open(call, kwargs)
@@ -235,8 +244,11 @@ class Executor:
         )
         seen = tokens.visual
         self.run.saw_images |= bool(seen.any())
-        if "image" in call.vision and call.vision["image"].tower is not None and bool((tokens.source[seen] < 0).any()):
-            raise ModelError("these images are resampled after the vision tower; tower methods cannot run on them.")
+        if self.watcher.tower is not None and bool((tokens.source[seen] < 0).any()):
+            raise ModelError(
+                "some visual tokens are resampled after the vision tower (videos and very large images are); "
+                "use a method that works inside the language model, such as fastv."
+            )
         facts = HostFacts.of(tokens, {reducer.scope for reducer in self.reducers}, call.drafts, embeds.device)
         state = call.state = PromptState(tokens.to(embeds.device))
         cache = kwargs.get("past_key_values")
