@@ -80,7 +80,7 @@ def ask(
     if compare and not vlm.plan:
         raise InputError("--compare needs a --plan to compare with, such as 'fastv(layer=2,keep=0.25)'.")
     if compare:  # the first call pays for lazy initialisation, which would be held against whatever runs first
-        vlm.ask(picture, question, plan="none", max_new_tokens=1)
+        vlm.ask(picture, question, plan="none", max_new_tokens=2)
     plain = vlm.ask(picture, question, plan="none", max_new_tokens=max_new_tokens) if compare else None
     answer = vlm.ask(picture, question, max_new_tokens=max_new_tokens)
     if as_json:
