@@ -108,7 +108,7 @@ def methods(as_json: AsJson = False) -> None:
 
 @app.command(
     name="eval",
-    epilog="Examples:\n\nmmefficient eval --task scenes --plan 'fastv(layer=2,keep=0.25)' --limit 50\n\n"
+    epilog="Examples:\n\nmmefficient eval --task scenes --plan 'fastv(layer=2,keep=0.25)' --limit 120\n\n"
     "mmefficient eval --task scenes --plan 'random(keep=0.25,seed=0)' --plan 'grid(keep=0.25)' --out results/",
 )
 def evaluate(
@@ -117,7 +117,7 @@ def evaluate(
         list[str] | None, typer.Option(help="A plan to measure against no plan; repeat the option for more.")
     ] = None,
     model: Model = "reference",
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions per kind; all if not given.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions in all, spread over the kinds.")] = None,
     kind: Annotated[list[str] | None, typer.Option(help="Only this kind of question; repeat for more.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report.json, report.md and the answers so far.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per batch; 16 on a CPU, else 128.")] = None,

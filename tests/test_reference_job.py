@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmefficient.models import reference
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 import mmefficient as mm
+from mmefficient.models import reference
 
 ROOT = Path(__file__).parent.parent
 PLAN = "fastv(layer=2,keep=0.25)"

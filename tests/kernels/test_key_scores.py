@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from mmefficient.kernels.key_scores import key_scores
 
 

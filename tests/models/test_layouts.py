@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from mmefficient.models import adapter_for
-from mmefficient.models.base import square_layout
 
 from mmefficient.errors import ModelError
+from mmefficient.models import adapter_for
+from mmefficient.models.base import square_layout
 from mmefficient.tokens import Layout
 from tests import tiny
 

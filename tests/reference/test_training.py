@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlavaProcessor
+
 from mmefficient.models.reference import train
 from mmefficient.models.reference.build import PATCHES, build_config, build_model, build_processor
 from mmefficient.models.reference.data import IGNORE, MAX_ANSWER, SLOTS, Batches
@@ -15,7 +17,6 @@ from mmefficient.models.reference.scenes.catalogue import OBJECTS
 from mmefficient.models.reference.scenes.render import load_atlas
 from mmefficient.models.reference.scenes.sample import Dice, sample_scene
 from mmefficient.models.reference.scenes.splits import KINDS, picture
-from transformers import LlavaProcessor
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from mmefficient.models.reference.scenes.catalogue import OBJECTS
 from mmefficient.models.reference.scenes.questions import (
     ASK,

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from mmefficient.models.reference.scenes.catalogue import OBJECTS
 from mmefficient.models.reference.scenes.render import CANVAS, label_map, load_atlas, load_keys
 from mmefficient.models.reference.scenes.sample import (

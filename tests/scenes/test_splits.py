@@ -6,10 +6,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from mmefficient.models.reference.scenes import splits
-from mmefficient.models.reference.scenes.catalogue import OBJECTS
 
 from mmefficient.errors import InputError
+from mmefficient.models.reference.scenes import splits
+from mmefficient.models.reference.scenes.catalogue import OBJECTS
 
 DIGESTS = {
     "test": "5225a11cf4836b903b55a9fd8d18597cb178e377c7d25eabf5ad4500c1577aa3",
