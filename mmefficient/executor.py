@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from mmefficient.attention import KEY, scoring
-from mmefficient.cache import PrunedLayer, PrunedStaticLayer, shrink_layer, stored_rows
+from mmefficient.cache import fit_layer, stored_rows
 from mmefficient.errors import InputError, ModelError, PlanError
 from mmefficient.masks import Segment, decode_mask, prefill_mask
 from mmefficient.points import Reducer
@@ -90,6 +90,7 @@ class Executor:
         self.configs = self._text_configs()
         self.implementation: str = adapter.decoder.config._attn_implementation
         self.flash = "flash" in self.implementation
+        self.first = reducers[0].site if reducers else len(adapter.layers)
         self.scored = frozenset(r.site - 1 for r in reducers if "last_row_attention" in r.needs)
         if reducers:
             self._check()
@@ -125,12 +126,11 @@ class Executor:
         handles = [
             self.model.register_forward_pre_hook(self.on_model, with_kwargs=True),
             adapter.base.register_forward_pre_hook(self.on_base, with_kwargs=True),
-            adapter.base.register_forward_hook(self.after_base, always_call=True),
+            adapter.base.register_forward_hook(self.after_base, with_kwargs=True, always_call=True),
             adapter.decoder.register_forward_pre_hook(self.on_decoder, with_kwargs=True),
         ]
         if self.reducers:
-            first = self.reducers[0].site
-            hooked = list(adapter.layers)[first:]
+            hooked = list(adapter.layers)[self.first :]
             handles += [layer.register_forward_pre_hook(self.on_layer, with_kwargs=True) for layer in hooked]
         undo += [handle.remove for handle in handles]
         if self.scored:
@@ -181,6 +181,8 @@ class Executor:
             self._open(call, kwargs)
         elif call.state is None:
             return args, kwargs  # continues a prompt that was read without the plan
+        elif arriving > 1:
+            self.run.add(call.state)  # a later turn may be the first thing this run sees of the prompt
         kwargs[KEY] = call
         return args, kwargs
 
@@ -200,10 +202,12 @@ class Executor:
             call.receive(kind, vision)
         self.watcher.expect(call.receive)
 
-    def after_base(self, module: nn.Module, args: Any, out: Any) -> None:
+    def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """The call is over, well or badly."""
-        self.watcher.settle()
-        self.watcher.take()
+        call: Call | None = kwargs.get(KEY)
+        if call is None or call.new:  # decoding steps encode nothing, and may be compiled
+            self.watcher.settle()
+            self.watcher.take()
 
     def on_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
         """Build the token map of a new prompt; move the positions of later tokens."""
@@ -254,10 +258,10 @@ class Executor:
         cache = kwargs.get("past_key_values")
         if cache is not None:
             setattr(cache, STATE, state)
-            for index, layer in enumerate(cache.layers):  # a reused cache may have been pruned elsewhere
-                if isinstance(layer, (PrunedLayer, PrunedStaticLayer)) and layer.dropped:
-                    shrink_layer(cache, index, 0)
+            for index in range(self.first):  # a reused cache may have been pruned where this plan does not
+                fit_layer(cache, index, 0)
         tower = call.vision["image"].tower if "image" in call.vision else None
+        tower = tower and tower.to(embeds.device)
         call.prefill = Prefill(state, facts, tower, simulate=self.run.mode == "simulate")
         self.run.add(state)
 
@@ -270,7 +274,7 @@ class Executor:
         hidden, cache, mask = args[0], kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if call.prefill is None:
             held = call.state.segments.get(index)
-            if held is None:
+            if held is None or (mask is None and held.valid is None):
                 return None
             keys = stored_rows(cache, index, hidden.shape[1])
             new = call.mask(mask, held, lambda: decode_mask(mask, held, hidden.shape[1], keys, self.flash))
@@ -282,12 +286,12 @@ class Executor:
                 self.run.acted = True
                 hidden = prefill.reduce(reducer, index, hidden, self._project, self._rotary)
         segment = prefill.segment
+        if cache is not None:
+            fit_layer(cache, index, 0 if segment is None else segment.length - segment.slots)
         if segment is None:
             return None
         assert prefill.stored is not None
         call.state.segments[index] = prefill.stored
-        if cache is not None and segment.slots < segment.length:
-            shrink_layer(cache, index, segment.length - segment.slots)
         keys = stored_rows(cache, index, segment.slots)
         new = call.mask(mask, segment, lambda: prefill_mask(mask, segment, keys, self.flash))
         # gapped position ids make flash kernels believe that several sequences are packed into one

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mmefficient.flops import layer_flops
-from mmefficient.tokens import TokenMap
+from mmefficient.tokens import Role, TokenMap
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Report:
         held = torch.stack([tokens.alive(layer) for layer in range(layers)])  # [layers, B, S]
         visual = (held & tokens.visual).sum(-1).T.tolist()
         rows = [RowReport(int(total), kept) for total, kept in zip(tokens.visual.sum(1), visual, strict=True)]
-        full = sum(layers * layer_flops(config, count) for count in (tokens.role != 0).sum(1).tolist())
+        full = sum(layers * layer_flops(config, count) for count in (tokens.role != Role.PAD).sum(1).tolist())
         computed = sum(layer_flops(config, count) for count in held.sum(-1).flatten().tolist())
         lives = tuple(until[seen] for until, seen in zip(tokens.lives_until, tokens.visual, strict=True))
         return cls(plan, mode, rows, computed if mode == "apply" else full, full, lives_until=lives)

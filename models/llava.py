@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmefficient.models.base import ProjectorAdapter, square_layout
 
+from mmefficient.models.base import ProjectorAdapter, square_layout
 from mmefficient.tokens import Layout
 
 

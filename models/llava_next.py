@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmefficient.models.base import ProjectorAdapter, square_layout
 from transformers.models.llava_next import modeling_llava_next as stock
 
+from mmefficient.models.base import ProjectorAdapter, square_layout
 from mmefficient.tokens import Layout
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmefficient.models.llava_next import LlavaNextAdapter
 
+from mmefficient.models.llava_next import LlavaNextAdapter
 from mmefficient.tokens import Layout
 
 

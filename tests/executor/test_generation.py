@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
+from accelerate import cpu_offload
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    CompileConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -285,3 +293,30 @@ def test_report() -> None:
     assert data["prefill_flops_without_plan"] == full
     cut = sum(2 * n * matrices + 4 * n * n * 32 for before, after in rows for n in (before, after, after, after))
     assert data["prefill_flops"] == cut
+
+
+@pytest.mark.parametrize("plan", ["fastv(layer=2,keep=0.5)+exit(layer=3)", "random(keep=0.5,positions=compact)"])
+def test_decoding_compiles_to_one_graph(plan: str) -> None:
+    model, batch = tiny.build("llava"), tiny.ragged_batch("llava")
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    with Plan(plan).apply(model):
+        dynamic, before = logits(model, batch), graphs["unique_graphs"]
+        for _ in range(2):
+            static = logits(model, batch, cache_implementation="static", compile_config=config)
+            torch.testing.assert_close(dynamic, static, rtol=0, atol=1e-5)
+    assert graphs["unique_graphs"] == before + 1
+    torch._dynamo.reset()
+
+
+def test_offloaded_weights() -> None:
+    """accelerate brings weights in around each module's forward; everything that computes has to go through modules."""
+    plan = Plan("visionzip(dominant=0.4,contextual=0.2)+fastv(layer=1,keep=0.5)")
+    model, batch = tiny.build("llava_next"), tiny.ragged_batch("llava_next")
+    with plan.apply(model):
+        expected = logits(model, batch)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with plan.apply(model):
+        assert torch.equal(expected, logits(model, batch))
