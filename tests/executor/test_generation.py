@@ -314,7 +314,7 @@ def test_decoding_compiles_to_one_graph(plan: str) -> None:
 def test_offloaded_weights() -> None:
     """accelerate brings weights in around each module's forward; everything that computes has to go through modules."""
     plan = Plan("visionzip(dominant=0.4,contextual=0.2)+fastv(layer=1,keep=0.5)")
-    model, batch = tiny.build("llava_next"), tiny.ragged_batch("llava_next")
+    model, batch = tiny.build("llava"), tiny.ragged_batch("llava")
     with plan.apply(model):
         expected = logits(model, batch)
     cpu_offload(model, execution_device=torch.device("cpu"))
