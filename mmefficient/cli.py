@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +32,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 
 def main() -> None:
     """Entry point: what a user can put right is one sentence on stderr and exit code 2."""
+    # OpenMP threads that wait busily make a CPU that is shared with anything else several times slower; read by torch
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(prog_name="mmefficient")
     except MMEfficientError as error:
