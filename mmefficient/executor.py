@@ -90,7 +90,6 @@ class Executor:
         self.configs = self._text_configs()
         self.implementation: str = adapter.decoder.config._attn_implementation
         self.flash = "flash" in self.implementation
-        self.first = reducers[0].site if reducers else len(adapter.layers)
         self.scored = frozenset(r.site - 1 for r in reducers if "last_row_attention" in r.needs)
         if reducers:
             self._check()
@@ -129,9 +128,8 @@ class Executor:
             adapter.base.register_forward_hook(self.after_base, with_kwargs=True, always_call=True),
             adapter.decoder.register_forward_pre_hook(self.on_decoder, with_kwargs=True),
         ]
-        if self.reducers:
-            hooked = list(adapter.layers)[self.first :]
-            handles += [layer.register_forward_pre_hook(self.on_layer, with_kwargs=True) for layer in hooked]
+        # every layer, also with no methods: a cache may hold a prompt that another plan has read
+        handles += [layer.register_forward_pre_hook(self.on_layer, with_kwargs=True) for layer in adapter.layers]
         undo += [handle.remove for handle in handles]
         if self.scored:
             name = scoring(self.implementation)
@@ -254,12 +252,10 @@ class Executor:
                 "use a method that works inside the language model, such as fastv."
             )
         facts = HostFacts.of(tokens, {reducer.scope for reducer in self.reducers}, call.drafts, embeds.device)
-        state = call.state = PromptState(tokens.to(embeds.device))
+        state = call.state = PromptState(self.run.plan, self.run.mode, tokens.to(embeds.device))
         cache = kwargs.get("past_key_values")
         if cache is not None:
             setattr(cache, STATE, state)
-            for index in range(self.first):  # a reused cache may have been pruned where this plan does not
-                fit_layer(cache, index, 0)
         tower = call.vision["image"].tower if "image" in call.vision else None
         tower = tower and tower.to(embeds.device)
         call.prefill = Prefill(state, facts, tower, simulate=self.run.mode == "simulate")

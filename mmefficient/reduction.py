@@ -22,11 +22,14 @@ class PromptState:
     """What outlives the prefill; rides on the cache.
 
     Attributes:
+        plan, mode: under which the prompt was read.
         tokens: the map, on the model's device.
         segments: by decoder layer, what it holds; layers that hold the whole prompt are absent.
         shift: int64 [B, 1], how far the position ids of later tokens move down; None = not at all.
     """
 
+    plan: str
+    mode: str
     tokens: TokenMap
     segments: dict[int, Segment] = field(default_factory=dict)
     shift: torch.Tensor | None = None

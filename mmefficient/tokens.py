@@ -130,12 +130,13 @@ def images_of_rows(placeholders: Sequence[int], lengths: Sequence[int], kind: st
             found += lengths[taken]
             taken += 1
         if found != wanted:
-            raise InputError(
-                f"row {row} has {wanted} {kind} placeholder tokens but the {kind}s given for it make {found}; {advice}"
-            )
+            says = f"{wanted} {kind} placeholder tokens but the {kind}s given for it make {found}"
+            raise InputError(f"row {row // repeats} has {says}; {advice}")
         rows += [list(range(first, taken))] * repeats
     if taken < len(lengths):
-        raise InputError(f"{len(lengths) - taken} {kind}(s) are left over after row {len(placeholders) - 1}; {advice}")
+        raise InputError(
+            f"{len(lengths) - taken} {kind}(s) are left over after row {len(placeholders) // repeats - 1}; {advice}"
+        )
     return rows
 
 

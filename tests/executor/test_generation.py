@@ -320,3 +320,21 @@ def test_offloaded_weights() -> None:
     cpu_offload(model, execution_device=torch.device("cpu"))
     with plan.apply(model):
         assert torch.equal(expected, logits(model, batch))
+
+
+@pytest.mark.parametrize("later", ["none", "exit(layer=3)"])
+def test_a_later_turn_under_another_plan(later: str) -> None:
+    """The prompt stays as the first plan left it."""
+    model, batch = tiny.build("llava"), tiny.collate("llava", [tiny.prompt("llava", 1, 3, 4)])
+    results = []
+    for second in ("fastv(layer=1,keep=0.5)", later):
+        cache = DynamicCache(config=model.get_decoder().config)
+        with Plan("fastv(layer=1,keep=0.5)").apply(model):
+            first = model.generate(**batch, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        longer = torch.cat([first, torch.tensor([[11, 12, 13]])], 1)
+        with Plan(second).apply(model) as run:
+            results.append(logits(model, {"input_ids": longer}, past_key_values=cache))
+        report = run.report()
+        assert report.plan == "fastv(layer=1,keep=0.5)"
+        assert report.rows[0].kept_per_layer == [16, 8, 8, 8]
+    assert torch.equal(*results)
