@@ -117,6 +117,10 @@ class Executor:
         if kinds != {"full_attention"}:
             raise ModelError(f"{name} has {', '.join(sorted(kinds))} layers; only full attention can drop tokens.")
         scoring(self.implementation)
+        if self.scored and (getattr(self.model, "tp_size", None) or 1) > 1:
+            raise ModelError(
+                "scores of tensor-parallel ranks differ, and so would the tokens they keep; use one device."
+            )
 
     def attach(self) -> list[Callable[[], Any]]:
         """Put the plan on the model; returns the functions that take it off, to be called in reverse."""

@@ -252,6 +252,9 @@ def test_models_that_cannot_carry_a_plan() -> None:
     sliding = tiny.build("llava_onevision")
     sliding.get_decoder().config.layer_types = ["sliding_attention"] * tiny.LAYERS
     refusals.append((sliding, "sliding_attention"))
+    parallel = tiny.build("llava")
+    parallel._tp_size = 2
+    refusals.append((parallel, "tensor-parallel"))
     for model, reason in refusals:
         context = Plan("fastv(layer=2)").apply(model)
         with pytest.raises(ModelError, match=reason):
