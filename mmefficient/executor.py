@@ -119,7 +119,7 @@ class Executor:
         scoring(self.implementation)
         if self.scored and (getattr(self.model, "tp_size", None) or 1) > 1:
             raise ModelError(
-                "scores of tensor-parallel ranks differ, and so would the tokens they keep; use one device."
+                "tensor-parallel ranks score their own heads and would keep different tokens; use one device."
             )
 
     def attach(self) -> list[Callable[[], Any]]:
