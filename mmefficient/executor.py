@@ -265,12 +265,12 @@ class Executor:
         call.prefill = Prefill(state, facts, tower, simulate=self.run.mode == "simulate")
         self.run.add(state)
 
-    def on_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
+    def on_layer(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
         """Let reducers act, and fit rope, positions, mask and cache to the rows the layer holds."""
         call: Call | None = kwargs.get(KEY)
         if call is None or call.state is None:
             return None
-        index: int = layer.self_attn.layer_idx  # type: ignore[union-attr, assignment]
+        index: int = layer.self_attn.layer_idx
         hidden, cache, mask = args[0], kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if call.prefill is None:
             held = call.state.segments.get(index)

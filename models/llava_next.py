@@ -46,7 +46,7 @@ class LlavaNextAdapter(ProjectorAdapter):
     def pack(self, numbers: list[torch.Tensor], sizes: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
         """The model's own packing of one image."""
         strategy = self.config.vision_feature_select_strategy
-        packed, _ = self.base.pack_image_features(  # type: ignore[operator]
+        packed, _ = self.base.pack_image_features(
             numbers, sizes, vision_feature_select_strategy=strategy, image_newline=newline
         )
         return packed[0]
