@@ -9,7 +9,9 @@ empty plan must give the stock model's token ids, and every plan must keep what 
 
 from __future__ import annotations
 
+import shlex
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -63,6 +65,7 @@ def run(
         rows += _time(net, inputs, parsed, repeats, new_tokens, ceilings)
     return {
         "benchmark": "latency",
+        "command": shlex.join(sys.argv),
         "model": model,
         "parameters": sum(p.numel() for p in net.parameters()),
         "dtype": str(kind).removeprefix("torch."),
