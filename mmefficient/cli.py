@@ -97,6 +97,37 @@ def ask(
         print_answers(answer, plain)
 
 
+@app.command(
+    epilog="Example:\n\nmmefficient show sample 'Is there a frog?' --plan 'fastv(layer=2,keep=0.25)' -o kept.png"
+)
+def show(
+    image: Annotated[str, typer.Argument(help="Path of a picture, or 'sample' for the bundled one.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    plan: Annotated[list[str], typer.Option(help="Methods to apply; repeat for one row of pictures per plan.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")],
+    model: Model = "reference",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
+) -> None:
+    """Draw which visual tokens a plan keeps: one picture per change, what has left is dimmed."""
+    from mmefficient.images import load_image
+
+    _quiet()
+    picture = load_image(_picture(image))
+    from mmefficient.draw import kept_tokens
+    from mmefficient.vlm import VLM
+
+    vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
+    answers = [vlm.ask(picture, question, plan=each, max_new_tokens=max_new_tokens) for each in plan]
+    drawn = kept_tokens(picture, [(answer.report, answer.text) for answer in answers])
+    try:
+        drawn.save(out, format="PNG")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error.strerror}); choose another path for --out.") from error
+    print(f"wrote {out}")
+
+
 @app.command(epilog="Examples:\n\nmmefficient methods\n\nmmefficient methods --json")
 def methods(as_json: AsJson = False) -> None:
     """List the methods a plan can name, with their fields and papers."""
