@@ -51,11 +51,11 @@ def test_the_centre_of_a_wide_picture_is_what_the_tower_saw() -> None:
 def test_several_images_or_tiles_are_refused(other: tuple[int, int, int, int]) -> None:
     with pytest.raises(InputError, match="row 0"):
         kept_tokens(Image.new("RGB", (9, 9)), [(report([4, 4], [(0, 0, 0, 0), other]), "")])
+    nothing = Report(
+        "p", "apply", [RowReport(0, [0])], 1, 1, lives_until=(torch.empty(0),), places=(torch.empty(0, 4),)
+    )
     with pytest.raises(InputError, match="row 0"):
-        no_image = Report(
-            "p", "apply", [RowReport(0, [0])], 1, 1, lives_until=(torch.empty(0),), places=(torch.empty(0, 4),)
-        )
-        kept_tokens(Image.new("RGB", (9, 9)), [(no_image, "")])
+        kept_tokens(Image.new("RGB", (9, 9)), [(nothing, "")])
 
 
 def test_the_command_draws_the_embedded_models_choice(tmp_path: Path) -> None:
