@@ -70,7 +70,8 @@ def prompt(model: nn.Module, batch: int, text_tokens: int = TEXT_TOKENS) -> dict
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     size, patch = config.vision_config.image_size, config.vision_config.patch_size
-    text = torch.randint(10, 1000, (batch, text_tokens), generator=generator)
+    text = torch.randint(10, min(1000, config.get_text_config().vocab_size), (batch, text_tokens), generator=generator)
+    text[text == config.image_token_id] = 10
     image = torch.full((batch, (size // patch) ** 2), config.image_token_id)
     first = text_tokens // 3
     ids = torch.cat([text[:, :first], image, text[:, first:]], 1).to(device)

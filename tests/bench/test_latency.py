@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 from mmefficient.bench import latency
@@ -15,31 +14,15 @@ from mmefficient.bench.__main__ import app
 from mmefficient.bench.floors import Ceilings, measure, median_ms
 from mmefficient.bench.presets import prompt, random_model
 from mmefficient.errors import MMEfficientError, ModelError
+from tests.tiny import IMAGE, build
 
 CPU = torch.device("cpu")
 PLAN = "fastv(layer=1,keep=0.25)"
 
 
-def config() -> LlavaConfig:
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=7,
-            projection_dim=16,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=1100
-        ),
-        image_token_index=1099,
-    )
-
-
 def test_random_models_lack_nothing_but_their_values() -> None:
-    ours, built = random_model(config(), CPU, torch.float32), LlavaForConditionalGeneration(config())
+    built = build("llava")
+    ours = random_model(built.config, CPU, torch.float32)
     expected = dict(built.named_buffers())
     for name, buffer in ours.named_buffers():
         torch.testing.assert_close(buffer, expected[name], msg=name)
@@ -47,9 +30,9 @@ def test_random_models_lack_nothing_but_their_values() -> None:
 
 
 def test_prompts_hold_one_picture_per_row() -> None:
-    inputs = prompt(random_model(config(), CPU, torch.float32), 3, text_tokens=9)
+    inputs = prompt(random_model(build("llava").config, CPU, torch.float32), 3, text_tokens=9)
     assert inputs["input_ids"].shape == (3, 16 + 9)
-    assert ((inputs["input_ids"] == 1099).sum(1) == 16).all()
+    assert ((inputs["input_ids"] == IMAGE).sum(1) == 16).all()
 
 
 def test_floors() -> None:
@@ -64,7 +47,7 @@ def test_floors() -> None:
 
 
 def test_the_command_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "load", lambda *_: random_model(config(), CPU, torch.float32))
+    monkeypatch.setattr(latency, "load", lambda *_: random_model(build("llava").config, CPU, torch.float32))
     monkeypatch.setattr(latency, "measure", lambda *_: Ceilings(1e12, 1e10))
     path = tmp_path / "results" / "latency.json"
     options = [
@@ -96,7 +79,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_no_time_is_reported_when_the_empty_plan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_model(config(), CPU, torch.float32)
+    model = random_model(build("llava").config, CPU, torch.float32)
     answers = iter([torch.zeros(1, 3), torch.ones(1, 3)])
     monkeypatch.setattr(latency, "_generate", lambda *_: next(answers))
     with pytest.raises(MMEfficientError, match="nothing was timed"):
