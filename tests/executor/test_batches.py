@@ -22,13 +22,17 @@ PLANS = [
     "exit(layer=2)",
     "visionzip(dominant=0.4,contextual=0.2)",
     "visionzip(dominant=0.4,contextual=0.2,positions=keep)+fastv(layer=1,keep=0.5)",
+    "fastervlm(keep=0.4)",
+    "vispruner(keep=0.4,important=0.5)",
+    "divprune(keep=0.4,positions=keep)",
     "pool(keep=0.5)+random(keep=0.7)+fastv(layer=1,keep=0.5)+fastv(layer=2,keep=1)+exit(layer=3)",
 ]
 
 
 def supported(family: str, plan: str) -> bool:
     """M-RoPE cannot close up ids, and merged patches have no tower facts."""
-    return family != "qwen2_5_vl" or not ("compact" in plan or "visionzip" in plan)
+    needs_tower = any(name in plan for name in ("visionzip", "fastervlm", "vispruner"))
+    return family != "qwen2_5_vl" or not ("compact" in plan or needs_tower)
 
 
 CASES = [(family, plan) for family in tiny.FAMILIES for plan in PLANS if supported(family, plan)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from mmefficient.errors import BudgetError
+from mmefficient.errors import BudgetError, PlanError
+from mmefficient.methods.reducers.divprune import DivPrune
 from mmefficient.methods.reducers.exit import Exit
+from mmefficient.methods.reducers.fastervlm import FasterVLM
 from mmefficient.methods.reducers.fastv import FastV
 from mmefficient.methods.reducers.grid import Grid, places
 from mmefficient.methods.reducers.pool import Pool, overlaps
 from mmefficient.methods.reducers.random import Random
 from mmefficient.methods.reducers.visionzip import VisionZip
+from mmefficient.methods.reducers.vispruner import VisPruner, diverse
 from mmefficient.points import Reducer, Selection, TowerTokens, Unit, VisualTokens, resolve_budget, select_top
 
 
@@ -177,3 +181,70 @@ def test_visionzip_equals_the_slow_rule(dominant: float | int, contextual: float
         assert kept[unit.row] == sorted(expected)
         mixed = (selection.mix[unit.row] @ here.tower.features[unit.row])[: len(expected)]
         torch.testing.assert_close(mixed, torch.stack([expected[place] for place in sorted(expected)]))
+
+
+def test_fastervlm_keeps_what_the_class_token_attends_to() -> None:
+    here = tokens((4, 4), (2, 3))
+    assert here.tower is not None
+    _, kept = decide(FasterVLM(keep=0.5), here)
+    assert kept[0] == sorted(here.tower.attention[0].topk(8).indices.tolist())
+    assert kept[1] == sorted(here.tower.attention[1, :6].topk(3).indices.tolist())
+
+
+def slow_divprune(features: torch.Tensor, count: int) -> list[int]:
+    """The released rule, one token at a time."""
+    apart = [[1 - float(F.cosine_similarity(x, y, dim=0)) for y in features] for x in features]
+    places_ = range(len(features))
+    isolation = [min(apart[i][j] for j in places_ if j != i) for i in places_] if len(features) > 1 else [0.0]
+    picked = [isolation.index(max(isolation))]
+    while len(picked) < count:
+        left = [i for i in places_ if i not in picked]
+        picked.append(max(left, key=lambda i: (min(apart[i][j] for j in picked), -i)))
+    return sorted(picked)
+
+
+@pytest.mark.parametrize("keep", [1, 3, 0.5, 1.0])
+def test_divprune_equals_the_slow_rule(keep: float | int) -> None:
+    here = tokens((4, 5), (2, 3), (1, 3))
+    _, kept = decide(DivPrune(keep=keep), here)
+    for unit in here.units:
+        expected = slow_divprune(here.hidden[unit.row, : unit.count], resolve_budget(keep, unit))
+        assert kept[unit.row] == expected
+
+
+def test_divprune_never_takes_a_copy_before_all_others() -> None:
+    here = tokens((2, 4))
+    hidden = here.hidden.clone()
+    hidden[0, 1] = hidden[0, 6]
+    _, [kept] = decide(DivPrune(keep=7), replace(here, hidden=hidden))
+    assert kept == [0, 1, 2, 3, 4, 5, 7]
+
+
+def slow_vispruner(features: torch.Tensor, attention: torch.Tensor, count: int, share: float) -> list[int]:
+    """The released rule on lists."""
+    ranked = sorted(range(len(attention)), key=lambda place: (-float(attention[place]), place))
+    important, rest = ranked[: int(count * share)], ranked[int(count * share) :]
+    if len(important) == count:
+        return sorted(important)
+    while len(rest) > count - len(important):
+        even, odd = rest[::2], rest[1::2]
+        likeness = {i: max(float(F.cosine_similarity(features[i], features[j], dim=0)) for j in odd) for i in even}
+        alike = sorted(even, key=lambda i: -likeness[i])
+        rest = alike[min(8, len(rest) - count + len(important), len(even)) :] + odd
+    return sorted(important + rest)
+
+
+@pytest.mark.parametrize(("keep", "share"), [(6, 0.5), (0.3, 0.75), (5, 0.0), (1.0, 0.5), (4, 1.0), (1, 0.0)])
+def test_vispruner_equals_the_slow_rule(keep: float | int, share: float) -> None:
+    here = tokens((7, 7), (3, 4))
+    assert here.tower is not None
+    _, kept = decide(VisPruner(keep=keep, important=share), here)
+    for unit in here.units:
+        facts = (x[unit.row, : unit.count] for x in (here.tower.features, here.tower.attention))
+        assert kept[unit.row] == slow_vispruner(*facts, resolve_budget(keep, unit), share)
+
+
+def test_vispruner_limits() -> None:
+    assert len(diverse(torch.ones(3, 2), torch.arange(1), 0)) == 0
+    with pytest.raises(PlanError, match="important"):
+        VisPruner(important=1.5)
