@@ -24,6 +24,7 @@ PLANS = [
     "visionzip(dominant=0.4,contextual=0.2,positions=keep)+fastv(layer=1,keep=0.5)",
     "fastervlm(keep=0.4)",
     "vispruner(keep=0.4,important=0.5)",
+    "scope(keep=0.4)",
     "divprune(keep=0.4,positions=keep)",
     "pool(keep=0.5)+random(keep=0.7)+fastv(layer=1,keep=0.5)+fastv(layer=2,keep=1)+exit(layer=3)",
 ]
@@ -31,7 +32,7 @@ PLANS = [
 
 def supported(family: str, plan: str) -> bool:
     """M-RoPE cannot close up ids, and merged patches have no tower facts."""
-    needs_tower = any(name in plan for name in ("visionzip", "fastervlm", "vispruner"))
+    needs_tower = any(name in plan for name in ("visionzip", "fastervlm", "vispruner", "scope"))
     return family != "qwen2_5_vl" or not ("compact" in plan or needs_tower)
 
 

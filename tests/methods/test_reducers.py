@@ -19,6 +19,7 @@ from mmefficient.methods.reducers.fastv import FastV
 from mmefficient.methods.reducers.grid import Grid, places
 from mmefficient.methods.reducers.pool import Pool, overlaps
 from mmefficient.methods.reducers.random import Random
+from mmefficient.methods.reducers.scope import Scope
 from mmefficient.methods.reducers.visionzip import VisionZip
 from mmefficient.methods.reducers.vispruner import VisPruner, diverse
 from mmefficient.points import Reducer, Selection, TowerTokens, Unit, VisualTokens, resolve_budget, select_top
@@ -248,3 +249,35 @@ def test_vispruner_limits() -> None:
     assert len(diverse(torch.ones(3, 2), torch.arange(1), 0)) == 0
     with pytest.raises(PlanError, match="important"):
         VisPruner(important=1.5)
+
+
+def slow_scope(features: torch.Tensor, attention: torch.Tensor, count: int, alpha: float) -> list[int]:
+    """The released rule, one patch at a time."""
+    places_ = range(len(features))
+    alike = [[float(F.cosine_similarity(x, y, dim=0)) for y in features] for x in features]
+    covered = [0.0 for _ in places_]
+    picked: list[int] = []
+    while len(picked) < count:
+        gain = {
+            j: sum(max(0.0, alike[i][j] - covered[i]) for i in places_) * float(attention[j]) ** alpha
+            for j in places_
+            if j not in picked
+        }
+        picked.append(max(gain, key=lambda j: gain[j]))
+        covered = [max(covered[i], alike[i][picked[-1]]) for i in places_]
+    return sorted(picked)
+
+
+@pytest.mark.parametrize(("keep", "alpha"), [(1, 1.0), (0.4, 1.0), (3, 0.0), (0.5, 2.0), (1.0, 1.0)])
+def test_scope_equals_the_slow_rule(keep: float | int, alpha: float) -> None:
+    here = tokens((4, 5), (2, 3), (1, 3)) if keep == 3 else tokens((4, 5), (2, 3))
+    assert here.tower is not None
+    _, kept = decide(Scope(keep=keep, alpha=alpha), here)
+    for unit in here.units:
+        facts = (x[unit.row, : unit.count] for x in (here.tower.features, here.tower.attention))
+        assert kept[unit.row] == slow_scope(*facts, resolve_budget(keep, unit), alpha)
+
+
+def test_scope_refuses_a_negative_power() -> None:
+    with pytest.raises(PlanError, match="alpha"):
+        Scope(alpha=-1.0)
