@@ -47,7 +47,7 @@ class Scope(Reducer):
 
 
 def coverage_order(likeness: torch.Tensor, weight: torch.Tensor, valid: torch.Tensor, steps: int) -> torch.Tensor:
-    """The first `steps` picks of every unit, each the j with the largest sum_i max(0, likeness_ij - covered_i) * weight_j.
+    """The first `steps` picks of every unit: the j with the largest sum_i max(0, likeness_ij - covered_i) * weight_j.
 
     Runs on the device, all units at once, without waiting for it. Ties go to the earlier patch. A unit with fewer than
     `steps` patches gives arbitrary picks once it has none left.
