@@ -152,6 +152,11 @@ def evaluate(
     ] = None,
     model: Model = "reference",
     limit: Annotated[int | None, typer.Option(min=1, help="Questions in all, spread over the kinds.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder with the task's official files, or a hub id; see docs/evaluation.md.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="The task's prompt and settings; its first by default.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out and list unusable records.")] = False,
     kind: Annotated[list[str] | None, typer.Option(help="Only this kind of question; repeat for more.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report.json, report.md and the answers so far.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per batch; 16 on a CPU, else 128.")] = None,
@@ -171,6 +176,9 @@ def evaluate(
         limit=limit,
         kinds=kind,
         out=out,
+        data=data,
+        variant=variant,
+        skip_bad=skip_bad,
         batch_size=batch_size,
         check_flips=check_flips,
         device=device,

@@ -23,7 +23,7 @@ from mmefficient.evaluation.answers import AnswerLog
 from mmefficient.evaluation.generation import Asker, batches, fingerprint
 from mmefficient.evaluation.markdown import markdown
 from mmefficient.evaluation.report import PlanRun, build
-from mmefficient.evaluation.task import Record, Task, digest
+from mmefficient.evaluation.task import Record, Task, digest, hashes
 from mmefficient.plan import Plan
 from mmefficient.vlm import VLM
 
@@ -35,6 +35,9 @@ def run_eval(
     *,
     limit: int | None = None,
     out: str | Path | None = None,
+    data: str | Path | None = None,
+    variant: str | None = None,
+    skip_bad: bool = False,
     batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -53,6 +56,10 @@ def run_eval(
         limit: questions in all, spread evenly over the kinds; by default every question.
         out: directory for `report.json`, `report.md` and the answers; a later run with the same settings goes on from
             the answers there. By default nothing is written.
+        data: where the task's annotations and pictures are: a folder of official files (see docs/evaluation.md), or a
+            hub id. "scenes" and "easy-vqa" bring their own.
+        variant: the prompt and generation settings to use; the task's first by default.
+        skip_bad: leave out records that cannot be used, and list them in the report; by default they are an error.
         batch_size: questions decoded together; by default 16 on a CPU and 128 elsewhere.
         kinds: the kinds of question to ask; all by default.
         check_flips: how many questions per plan, evenly spaced, are asked again one by one, to count the answers that
@@ -65,14 +72,14 @@ def run_eval(
         The report, which is also the content of `report.json`: see `mmefficient.evaluation.report.build`.
 
     Raises:
-        InputError: an unknown task or kind, a number out of range, or an `out` that is no directory or holds the
-            answers of another run.
+        InputError: an unknown task, variant or kind, data that cannot be used, a number out of range, or an `out`
+            that is no directory or holds the answers of another run.
         PlanError: a plan that cannot be parsed, or does not fit the model.
         ModelError: a model that cannot be loaded, or cannot carry a plan.
     """
     _at_least(1, limit=limit, batch_size=batch_size, resamples=resamples)
     _at_least(0, check_flips=check_flips)
-    task = tasks.get(task) if isinstance(task, str) else task
+    task = tasks.get(task, data, variant, skip_bad=skip_bad)
     chosen = list({str(plan): plan for plan in [Plan(), *map(_plan, plans)]}.values())
     records = _records(task, None if kinds is None else list(dict.fromkeys(kinds)), limit)
     folder = None if out is None else _folder(Path(out))
@@ -85,6 +92,8 @@ def run_eval(
         "digest": digest(records),
         "model": fingerprint(vlm.model, vlm.processor),
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        **task.facts(),
+        "hashes": hashes(task, records),
         "decoding": "greedy",
         "max_new_tokens": {kind: task.kinds[kind].max_new_tokens for kind in dict.fromkeys(r.kind for r in records)},
     }
