@@ -148,7 +148,7 @@ def methods(as_json: AsJson = False) -> None:
 def evaluate(
     task: Annotated[str, typer.Option(help="What to evaluate on.")] = "scenes",
     plan: Annotated[
-        list[str] | None, typer.Option(help="A plan to measure against no plan; repeat the option for more.")
+        list[str] | None, typer.Option(help="A plan to measure; repeat the option for more.")
     ] = None,
     model: Model = "reference",
     limit: Annotated[int | None, typer.Option(min=1, help="Questions in all, spread over the kinds.")] = None,
@@ -158,15 +158,22 @@ def evaluate(
     variant: Annotated[str | None, typer.Option(help="The task's prompt and settings; its first by default.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out and list unusable records.")] = False,
     kind: Annotated[list[str] | None, typer.Option(help="Only this kind of question; repeat for more.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for report.json, report.md and the answers so far.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report (html, md, json) and the answers so far.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per batch; 16 on a CPU, else 128.")] = None,
+    no_baselines: Annotated[
+        bool, typer.Option("--no-baselines", help="Leave out random, grid and pool at the budget of every plan.")
+    ] = False,
     check_flips: Annotated[int, typer.Option(min=0, help="Ask this many again alone, to count changed answers.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Measure plans on a task: every metric with its 95 % interval, and its paired difference to no plan."""
+    """Measure plans on a task: every metric with its 95 % interval, paired differences to no plan and to baselines.
+
+    For several processes: accelerate launch --num_processes 2 -m mmefficient.cli eval ...
+    """
     from mmefficient.evaluation import run_eval
     from mmefficient.evaluation.markdown import markdown
+    from mmefficient.evaluation.processes import Processes
 
     _quiet()
     report = run_eval(
@@ -180,11 +187,13 @@ def evaluate(
         variant=variant,
         skip_bad=skip_bad,
         batch_size=batch_size,
+        baselines=not no_baselines,
         check_flips=check_flips,
         device=device,
         dtype=dtype,
     )
-    print(markdown(report))
+    if Processes.current().rank == 0:
+        print(markdown(report))
 
 
 @app.command(epilog="Examples:\n\nmmefficient env\n\nmmefficient env --json")

@@ -20,8 +20,10 @@ def markdown(report: Mapping[str, Any]) -> str:
             ["plan", "visual tokens", "prefill FLOPs", "seconds", "questions/s", "flips"],
             [[f"`{plan['plan']}`", *_cost(plan)] for plan in plans],
         ),
-        "Visual tokens: mean over questions and decoder layers. Prefill FLOPs: relative to no plan. Flips: answers "
-        "that changed when a question was asked alone instead of in a batch.",
+        "Visual tokens: mean over questions and decoder layers. Prefill FLOPs: relative to no plan. Seconds: stage times "
+        "added up over questions and processes, a vision tower pass for every question although questions on one "
+        "picture share it. Flips: answers that changed when a question was asked alone instead of in a batch.",
+        *_verdicts(report),
         "## Metrics",
         _table(
             [*header[:1], "n", *header[1:]],
@@ -44,6 +46,54 @@ def markdown(report: Mapping[str, Any]) -> str:
         ]
     parts += ["## How it was made", _facts(report["settings"]), "## Environment", _facts(report["environment"])]
     return "\n\n".join(parts) + "\n"
+
+
+def _verdicts(report: Mapping[str, Any]) -> list[str]:
+    """Whether the plans beat blind baselines at their budget, and how many answers they changed."""
+    tested = [plan for plan in report["plans"] if plan["role"] == "tested"]
+    names = list(dict.fromkeys(name for plan in tested for name in plan["against"]))
+    kinds, headline = report["judged_by"], report["headline"]
+    unit = report["settings"]["units"].get(headline)
+    parts = []
+    if names:
+        rows = [
+            [f"`{plan['plan']}`", f"{100 * plan['budget']:.1f} %", *(_rivalry(plan, n, headline, unit) for n in names)]
+            for plan in tested
+        ]
+        parts += [
+            f"## Against blind baselines: {headline}",
+            _table(["plan", "budget", *(f"− {name}" for name in names)], rows),
+            "Baselines keep the plan's mean share of visual tokens over decoder layers (its budget), chosen blindly at "
+            "the language model's input; `random` is the mean of three seeds. Paired differences; **not better** marks "
+            "an interval that does not lie on the good side of zero. A dash: the plan is that baseline, or has no budget "
+            "to match.",
+        ]
+    if report["left_out"]:
+        parts.append(_facts({f"`{plan}` could not run": why for plan, why in report["left_out"].items()}))
+    rows = [
+        [metric, *(_changes(plan["mcnemar"][metric]) for plan in tested)]
+        for metric in kinds.values()
+        if tested and metric in tested[0]["mcnemar"]
+    ]
+    if rows:
+        parts += [
+            "## Answers lost and gained",
+            _table(["metric", *(f"`{plan['plan']}`" for plan in tested)], rows),
+            f"Against `{report['plans'][0]['plan']}`, with the p of McNemar's exact test.",
+        ]
+    return parts
+
+
+def _rivalry(plan: Mapping[str, Any], name: str, metric: str, unit: str | None) -> str:
+    entry = plan["against"].get(name, {}).get(metric)
+    if entry is None:
+        return "–"
+    text = _interval(entry, unit, lambda x: f"{x:+.1f}".replace("-", "−"))
+    return text if entry["verdict"] == "better" else f"{text} **not better**"
+
+
+def _changes(test: Mapping[str, Any]) -> str:
+    return f"−{test['lost']} +{test['gained']}, p {test['p']:.2g}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -46,19 +46,26 @@ class Ratio:
     """A metric as a ratio of sums: Σ numerator / Σ denominator over records (both [n]).
 
     Accuracy, precision, recall, F1 and both CHAIR scores have this form, so one bootstrap serves them all.
-    `unit` is "share" (printed in percent) or the name of what is counted.
+    `unit` is "share" (printed in percent) or the name of what is counted. The first metric of a scorer is the one that
+    plans are judged by, in the direction of `better`.
     """
 
     numerator: NDArray[np.float64]
     denominator: NDArray[np.float64]
     unit: str = "share"
+    better: Literal["higher", "lower"] = "higher"
 
 
-def ratio(numerator: ArrayLike, denominator: ArrayLike | None = None, unit: str = "share") -> Ratio:
+def ratio(
+    numerator: ArrayLike,
+    denominator: ArrayLike | None = None,
+    unit: str = "share",
+    better: Literal["higher", "lower"] = "higher",
+) -> Ratio:
     """A `Ratio` from numbers or truth values [n]; without a denominator every record counts once (a mean)."""
     top = np.asarray(numerator, dtype=np.float64)
     bottom = np.ones_like(top) if denominator is None else np.asarray(denominator, dtype=np.float64)
-    return Ratio(top, bottom, unit)
+    return Ratio(top, bottom, unit, better)
 
 
 Scorer = Callable[[Sequence[Record], Sequence[Output]], dict[str, Ratio]]
