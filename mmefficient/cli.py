@@ -169,7 +169,7 @@ def evaluate(
 ) -> None:
     """Measure plans on a task: every metric with its 95 % interval, paired differences to no plan and to baselines.
 
-    For several processes: accelerate launch --num_processes 2 -m mmefficient.cli eval ...
+    For several processes: accelerate launch --multi_gpu --num_processes 2 -m mmefficient.cli eval ...
     """
     from mmefficient.evaluation import run_eval
     from mmefficient.evaluation.markdown import markdown

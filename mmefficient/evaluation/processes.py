@@ -29,7 +29,8 @@ class Processes:
             return cls()
         # ranks meet only at the beginning and at the end: the default timeout of 30 minutes would end a long run
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
-        return cls(state.process_index, state.num_processes, str(state.device))
+        device = "cpu" if state.device.type == "cpu" else str(state.device)
+        return cls(state.process_index, state.num_processes, device)
 
     def gather(self, items: list[T]) -> list[T]:
         """The items of all processes, by rank; every process has to call it."""

@@ -17,8 +17,9 @@ import pytest
 LIMIT, BATCH = 24, 5
 PLAN = "fastv(layer=1,keep=0.5)"
 ARGUMENTS = ["eval", "--task", "scenes", "--plan", PLAN, "--limit", str(LIMIT), "--batch-size", str(BATCH)]
-ARGUMENTS += ["--check-flips", "5", "--device", "cpu"]
-LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+ARGUMENTS += ["--check-flips", "5"]
+# accelerate's --cpu starts one process unless there is MPI; --multi_gpu starts as many as are asked for, on any device
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--dynamo_backend", "no", "--mixed_precision", "no"]
 
 
@@ -27,7 +28,7 @@ def start(checkpoint: Path, out: Path, processes: int) -> subprocess.Popen[str]:
     command = [sys.executable, *launch, "-m", "mmefficient.cli", *ARGUMENTS, "--model", str(checkpoint)]
     return subprocess.Popen(
         [*command, "--out", str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
