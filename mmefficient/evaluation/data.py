@@ -14,8 +14,9 @@ from PIL.Image import Image
 from torch import device
 
 from mmefficient.errors import InputError
+from mmefficient.evaluation.files import SHORT_HASH, Files
 from mmefficient.evaluation.hub import Hub, is_hub, load_rows
-from mmefficient.evaluation.rows import SHORT_HASH, BadRecordError, Files, LeftOutError, Picture, Row
+from mmefficient.evaluation.rows import BadRecordError, LeftOutError, Picture, Row
 from mmefficient.evaluation.task import Kind, Record, Scorer, Task
 
 
@@ -60,8 +61,8 @@ class Dataset:
             known = ", ".join(self.variants)
             raise InputError(f'The task {self.name} has no variant "{name}"; choose from: {known}.')
         chosen = self.variants[name]
-        rows, facts = self._open(data, chosen)
         loaded = _Loaded(self, chosen, skip_bad)
+        rows, facts = self._open(data, chosen, loaded)
         loaded.add(rows)
         return Task(
             name=self.name,
@@ -81,7 +82,9 @@ class Dataset:
             },
         )
 
-    def _open(self, data: str | PathLike[str] | None, variant: Variant) -> tuple[Iterable[Row], dict[str, Any]]:
+    def _open(
+        self, data: str | PathLike[str] | None, variant: Variant, loaded: _Loaded
+    ) -> tuple[Iterable[Row], dict[str, Any]]:
         if data is None and self.default is None:
             raise InputError(f"The task {self.name} needs annotation files: give data (--data), a folder or hub id.")
         place = Path(data) if data is not None else self.default()  # type: ignore[misc]
@@ -91,9 +94,8 @@ class Dataset:
             return load_rows(str(data), self.hub), {"data": str(data), "split": self.hub.split}
         if not place.is_dir():
             raise InputError(f"There is no folder {place}; check data (--data).")
-        files = Files(self.name, place)
-        rows = list(self.rows(files, variant))
-        return rows, {"files": files.hashes}
+        files = Files(self.name, place, loaded.bad)
+        return self.rows(files, variant), {"files": files.hashes}
 
 
 class _Loaded:
@@ -115,7 +117,7 @@ class _Loaded:
                 if record.id in places:
                     raise BadRecordError(f'its id "{record.id}" is that of {places[record.id]}')
             except BadRecordError as error:
-                self._bad(row.where, str(error))
+                self.bad(row.where, str(error))
             except LeftOutError as reason:
                 self.left_out[str(reason)] += 1
             else:
@@ -145,7 +147,8 @@ class _Loaded:
                 return False
         return True
 
-    def _bad(self, where: str, what: str) -> None:
+    def bad(self, where: str, what: str) -> None:
+        """Refuses a record, or lists it."""
         if not self.skip_bad:
             raise InputError(f"{where}: {what}. Correct it, or leave such records out with skip_bad (--skip-bad).")
         self.skipped[where] = f"{where}: {what}"

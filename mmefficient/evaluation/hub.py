@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmefficient.errors import InputError
+from mmefficient.evaluation.files import Files
 from mmefficient.evaluation.rows import Picture, Row
 from mmefficient.images import load_image
 
@@ -58,8 +59,27 @@ def load_rows(name: str, hub: Hub) -> Iterator[Row]:
         return find
 
     for index, value in enumerate(table.remove_columns(images)):
+        value["record"] = index + 1
         fields = {**value, **{official: value[column] for official, column in hub.columns.items() if column in value}}
         yield Row(f"{name}, {hub.split}, record {index + 1}", fields, picture(index))
+
+
+def load_parquet(files: Files, path: Path) -> Iterator[Row]:
+    """The rows of one Parquet file; pictures are objects with "bytes".
+
+    Raises:
+        InputError: `pyarrow` is not installed, or the file is damaged.
+    """
+    try:
+        from pyarrow import ArrowException, BufferReader, parquet
+    except ImportError:
+        raise InputError("Parquet files need an extra: pip install 'mmefficient[eval]'.") from None
+    try:
+        rows = parquet.read_table(BufferReader(files.read(path))).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a Parquet file ({error}); download it again.") from error
+    for number, value in enumerate(rows, 1):
+        yield files.row(path, f"record {number}", value)
 
 
 def _encoded(datasets: Any, feature: Any) -> Any:
