@@ -158,7 +158,7 @@ def evaluate(
     variant: Annotated[str | None, typer.Option(help="The task's prompt and settings; its first by default.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out and list unusable records.")] = False,
     kind: Annotated[list[str] | None, typer.Option(help="Only this kind of question; repeat for more.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the report (html, md, json) and the answers so far.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the reports and the answers so far.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per batch; 16 on a CPU, else 128.")] = None,
     no_baselines: Annotated[
         bool, typer.Option("--no-baselines", help="Leave out random, grid and pool at the budget of every plan.")

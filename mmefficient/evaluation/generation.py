@@ -79,7 +79,7 @@ class Asker:
 
     def _answers(self, records: Sequence[Record], new: Tensor, stages: dict[str, float], report: Any) -> list[Answer]:
         count = len(records)
-        ms = {name: value / (max(1, self._shared.encoded) if name == "vision" else count) for name, value in stages.items()}
+        shares = {"vision": max(1, self._shared.encoded)}
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         finished = torch.isin(new, self._stop).any(dim=1).tolist()
         return [
@@ -91,7 +91,7 @@ class Asker:
                 visual_total=row.visual_total,
                 prefill_flops=report.prefill_flops / count,
                 prefill_flops_without_plan=report.prefill_flops_without_plan / count,
-                ms={name: round(value, 4) for name, value in ms.items()},
+                ms={name: round(value / shares.get(name, count), 4) for name, value in stages.items()},
             )
             for record, text, done, row in zip(records, texts, finished, report.rows, strict=True)
         ]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmefficient.evaluation.answers import Answer
+from mmefficient.evaluation.regressions import worst
 from mmefficient.evaluation.statistics import Array, compare, mcnemar
 from mmefficient.evaluation.task import Output, Ratio, Record, Task
 
@@ -63,8 +64,10 @@ def build(
     By the first metric of every kind and group: `against[baseline][metric]` is the difference to the mean of the
     plan's matched baselines with a "verdict", "better" or "worse" where the interval excludes zero and else "equal";
     `mcnemar[metric]` counts answers "lost" and "gained" against no plan where each is right or wrong, and has the "p"
-    of the exact test. `headline` names the metric to look at first.
+    of the exact test; `regressions` are questions that the plan answers worse (see `regressions.worst`). `headline`
+    names the metric to look at first.
     """
+    tested = len(runs) if tested is None else tested
     metrics: list[dict[str, Any]] = [{} for _ in runs]
     paired: list[dict[str, Any]] = [{} for _ in runs]
     against: list[dict[str, Any]] = [{name: {} for name in run.rivals} for run in runs]
@@ -97,13 +100,14 @@ def build(
         "plans": [
             {
                 "plan": run.plan,
-                "role": "none" if i == 0 else "tested" if i < (tested or len(runs)) else "baseline",
+                "role": "none" if i == 0 else "tested" if i < tested else "baseline",
                 "budget": run.share,
                 "rivals": {name: list(group) for name, group in run.rivals.items()},
                 "metrics": metrics[i],
                 "paired": paired[i] if i else {},
                 "against": against[i],
                 "mcnemar": tests[i],
+                "regressions": worst(task, records, runs[0].answers, run.answers) if 0 < i < tested else [],
                 **_cost(run),
             }
             for i, run in enumerate(runs)

@@ -6,7 +6,9 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from mmefficient.evaluation import tasks
 from mmefficient.evaluation.execution import Execution
 from mmefficient.evaluation.generation import Asker, fingerprint
 from mmefficient.evaluation.markdown import markdown
+from mmefficient.evaluation.page import page
 from mmefficient.evaluation.processes import Processes
+from mmefficient.evaluation.regressions import draw
 from mmefficient.evaluation.report import build
 from mmefficient.evaluation.task import Record, Task, digest, hashes
 from mmefficient.plan import Plan
@@ -126,6 +130,7 @@ def run_eval(
     if folder is not None and world.rank == 0:
         _write(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
         _write(folder / "report.md", markdown(report))
+        _write_page(folder, asker, records, report)
     return report
 
 
@@ -160,6 +165,18 @@ def _folder(path: Path) -> Path:
     except OSError as error:
         raise InputError(f"{path} cannot be the output directory ({error.strerror}); choose another.") from error
     return path
+
+
+def _write_page(folder: Path, asker: Asker, records: Sequence[Record], report: dict[str, Any]) -> None:
+    """Writes `report.html`; without matplotlib, which draws its plots, only says so."""
+    if find_spec("matplotlib") is None:
+        warnings.warn(
+            "report.html was not written: its plots need matplotlib; pip install 'mmefficient[eval]' and run again, "
+            "which asks nothing twice. report.json and report.md are complete.",
+            stacklevel=3,
+        )
+        return
+    _write(folder / "report.html", page(report, draw(asker, records, report, folder / "regressions")))
 
 
 def _write(path: Path, text: str) -> None:

@@ -24,6 +24,12 @@ from mmefficient.vlm import VLM
 PLAN = "grid(keep=0.25)"
 
 
+@pytest.fixture(autouse=True)
+def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots have tests of their own and would take most of the time here."""
+    monkeypatch.setattr("mmefficient.evaluation.runner._write_page", lambda *_: None)
+
+
 def numbers(report: dict[str, Any]) -> str:
     """What must not depend on kills and batch sizes."""
     kept = ("plan", "metrics", "paired", "visual_tokens", "questions")
