@@ -95,7 +95,8 @@ class Dataset:
         if not place.is_dir():
             raise InputError(f"There is no folder {place}; check data (--data).")
         files = Files(self.name, place, loaded.bad)
-        return self.rows(files, variant), {"files": files.hashes}
+        rows = list(self.rows(files, variant))
+        return rows, {"files": files.summary()}
 
 
 class _Loaded:

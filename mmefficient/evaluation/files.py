@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,9 @@ from mmefficient.images import load_image
 T = TypeVar("T")
 
 SHORT_HASH = 16  # hex digits: enough to tell files apart, short enough to read
+
+
+_LISTED = 8  # files of one folder that a report lists one by one
 
 
 class Files:
@@ -138,6 +142,21 @@ class Files:
                 self.bad(row.where, f'its {name} "{key}" is that of {found[key].where}')
             found.setdefault(key, row)
         return found
+
+    def summary(self) -> dict[str, str]:
+        """`hashes`, with one hash for the files of a folder that holds many."""
+        folders: dict[str, list[str]] = defaultdict(list)
+        for name in self.hashes:
+            folders[name.rpartition("/")[0]].append(name)
+        result: dict[str, str] = {}
+        for folder, names in folders.items():
+            if len(names) <= _LISTED:
+                result |= {name: self.hashes[name] for name in names}
+            else:
+                content = "".join(f"{name} {self.hashes[name]}\n" for name in sorted(names))
+                whole = hashlib.sha256(content.encode()).hexdigest()[:SHORT_HASH]
+                result[f"{folder}/ ({len(names)} files)"] = whole
+        return result
 
     def row(self, path: Path, place: str, value: object) -> Row:
         """A row that a task puts together itself."""

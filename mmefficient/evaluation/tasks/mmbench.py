@@ -36,8 +36,13 @@ def _rows(files: Files, variant: Variant) -> Iterator[Row]:
     for row in rows:
         image = row.option("image")
         row = row.also(image=images.get(image, image)) if row.has("image") else row
-        for turn in range(max(1, len(_options(row))) if variant.mode == "circular" else 1):
-            yield row.also(turn=turn)
+        turns = len(_options(row)) if variant.mode == "circular" and not _rotated(row) else 1
+        yield from (row.also(turn=turn) for turn in range(max(1, turns)))
+
+
+def _rotated(row: Row) -> bool:
+    index = row.option("index")
+    return index.isdecimal() and int(index) >= _ROTATED
 
 
 def _options(row: Row) -> list[str]:
@@ -50,7 +55,7 @@ def _record(row: Row, variant: Variant) -> Record:
     index = row.id("index")
     if not index.isdecimal():
         raise BadRecordError(f'its index "{index}" is not a whole number')
-    if int(index) >= _ROTATED:
+    if _rotated(row):
         raise LeftOutError("rotation in the table (the circular variants make their own)")
     options, turn = _options(row), row.whole("turn") if row.has("turn") else 0
     if len(options) < 2:
@@ -70,6 +75,8 @@ def _picture(row: Row, index: str) -> Picture:
     if not row.has("image"):
         return row.picture(index)
     text = row.text("image")
+    if text.isdecimal():
+        raise BadRecordError(f"its picture is that of row {text}, which the table lacks")
 
     def read() -> Image:
         try:
