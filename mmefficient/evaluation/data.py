@@ -87,11 +87,11 @@ class Dataset:
     ) -> tuple[Iterable[Row], dict[str, Any]]:
         if data is None and self.default is None:
             raise InputError(f"The task {self.name} needs annotation files: give data (--data), a folder or hub id.")
-        place = Path(data) if data is not None else self.default()  # type: ignore[misc]
-        if is_hub(place):
+        if data is not None and is_hub(data):
             if self.hub is None:
                 raise InputError(f"The task {self.name} reads official files only; give the folder that holds them.")
             return load_rows(str(data), self.hub), {"data": str(data), "split": self.hub.split}
+        place = Path(data) if data is not None else self.default()  # type: ignore[misc]
         if not place.is_dir():
             raise InputError(f"There is no folder {place}; check data (--data).")
         files = Files(self.name, place, loaded.bad)

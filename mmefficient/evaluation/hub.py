@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ class Hub:
     images: Sequence[str] = ("image",)
 
 
-def is_hub(place: Path) -> bool:
-    """Whether `place` is a hub id ("owner/name"), or a folder in the layout of one (Parquet files)."""
+def is_hub(data: str | PathLike[str]) -> bool:
+    """Whether `data` is a hub id ("owner/name"), or a folder in the layout of one (Parquet files)."""
+    place = Path(data)
     if place.is_dir():
         return any(place.glob("*.parquet")) or any(place.glob("data/*.parquet"))
-    return not place.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(place)) is not None
+    return not place.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", fspath(data)) is not None
 
 
 def load_rows(name: str, hub: Hub) -> Iterator[Row]:
@@ -50,7 +52,8 @@ def load_rows(name: str, hub: Hub) -> Iterator[Row]:
         for column in images:
             table = table.cast_column(column, _encoded(datasets, table.features[column]))
     except Exception as error:  # the library raises many types, most of them about the network
-        raise InputError(f"datasets cannot load {name}, split {hub.split} ({error}); check the name.") from error
+        missing = "" if Path(name).is_dir() else f"There is no folder {name}, and "
+        raise InputError(f"{missing}datasets cannot load {name}, split {hub.split} ({error}); check data.") from error
 
     def picture(index: int) -> Any:
         def find(row: Row, name: str, folders: Sequence[str]) -> Picture:

@@ -32,7 +32,7 @@ _LETTER_CN = "请直接回答选项字母。"
 
 def _rows(files: Files, variant: Variant) -> Iterator[Row]:
     rows = files.table(files.find("*.tsv"))
-    images = {row.option("index"): row.option("image") for row in rows}
+    images = {row.option("index"): row.option("image") for row in reversed(rows)}  # of equal indices the first counts
     for row in rows:
         image = row.option("image")
         row = row.also(image=images.get(image, image)) if row.has("image") else row
