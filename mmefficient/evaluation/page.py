@@ -57,7 +57,7 @@ def page(report: Mapping[str, Any], pictures: Mapping[tuple[str, str], Path]) ->
         ),
     ]
     if "rivals" in drawn:
-        note = "Paired differences to blind selection at the same budget; left of zero the plan does harm."
+        note = "Paired differences to blind selection at the same budget, with 95 % intervals. Filled: better."
         parts += ["<h2>Does looking help?</h2>", _figure(drawn["rivals"], note)]
     parts += [
         "<h2>By kind of question</h2>",
