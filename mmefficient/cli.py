@@ -143,10 +143,11 @@ def methods(as_json: AsJson = False) -> None:
 @app.command(
     name="eval",
     epilog="Examples:\n\nmmefficient eval --task scenes --plan 'fastv(layer=2,keep=0.25)' --limit 120\n\n"
-    "mmefficient eval --task scenes --plan 'random(keep=0.25,seed=0)' --plan 'grid(keep=0.25)' --out results/",
+    "mmefficient eval --task scenes --plan 'random(keep=0.25,seed=0)' --plan 'grid(keep=0.25)' --out results/\n\n"
+    "mmefficient eval --task pope --data ~/data/pope --variant vcd --model llava-hf/llava-1.5-7b-hf",
 )
 def evaluate(
-    task: Annotated[str, typer.Option(help="What to evaluate on.")] = "scenes",
+    task: Annotated[str, typer.Option(help="What to evaluate on; docs/evaluation.md lists the tasks.")] = "scenes",
     plan: Annotated[
         list[str] | None, typer.Option(help="A plan to measure; repeat the option for more.")
     ] = None,

@@ -229,7 +229,7 @@ def test_eval_hands_everything_on(run: Any, monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr("mmefficient.evaluation.run_eval", record)
     monkeypatch.setattr("mmefficient.evaluation.markdown.markdown", lambda report: f"# {report['task']}")
     options = ("--limit", 3, "--kind", "count", "--out", tmp_path, "--batch-size", 4, "--check-flips", 2)
-    options += ("--no-baselines",)
+    options += ("--no-baselines", "--data", "somewhere", "--variant", "plain", "--skip-bad")
     result = run("eval", "--task", "scenes", "--plan", PLAN, "--plan", "exit(layer=2)", *options, "--dtype", "float32")
     assert result.out == "# scenes\n"
     (arguments, keywords) = calls[0]
@@ -238,9 +238,9 @@ def test_eval_hands_everything_on(run: Any, monkeypatch: pytest.MonkeyPatch, tmp
         "limit": 3,
         "kinds": ["count"],
         "out": tmp_path,
-        "data": None,
-        "variant": None,
-        "skip_bad": False,
+        "data": "somewhere",
+        "variant": "plain",
+        "skip_bad": True,
         "batch_size": 4,
         "baselines": False,
         "check_flips": 2,
