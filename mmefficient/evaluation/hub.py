@@ -17,23 +17,22 @@ from mmefficient.images import load_image
 
 @dataclass(frozen=True)
 class Hub:
-    """How a hub copy of a data set is read: split, configuration, and {official field: column} where names differ.
+    """How a hub copy of a data set is read: its split, and {official field: column} where names differ.
 
     `images` are the columns that hold pictures; a row's picture is the first that is not empty.
     """
 
     split: str
     columns: Mapping[str, str] = field(default_factory=dict)
-    config: str | None = None
     images: Sequence[str] = ("image",)
 
 
 def is_hub(data: str | PathLike[str]) -> bool:
-    """Whether `data` is a hub id ("owner/name"), or a folder in the layout of one (Parquet files)."""
+    """Whether `data` is a hub id ("owner/name", "owner/name:configuration"), or a folder of Parquet files as one has."""
     place = Path(data)
     if place.is_dir():
         return any(place.glob("*.parquet")) or any(place.glob("data/*.parquet"))
-    return not place.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", fspath(data)) is not None
+    return not place.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", fspath(data)) is not None
 
 
 def load_rows(name: str, hub: Hub) -> Iterator[Row]:
@@ -47,7 +46,8 @@ def load_rows(name: str, hub: Hub) -> Iterator[Row]:
     except ImportError:
         raise InputError("Data sets from the hub need an extra: pip install 'mmefficient[eval]'.") from None
     try:
-        table = datasets.load_dataset(name, hub.config, split=hub.split)
+        path, _, config = (name, "", "") if Path(name).is_dir() else name.partition(":")
+        table = datasets.load_dataset(path, config or None, split=hub.split)
         images = [column for column in hub.images if column in table.column_names]
         for column in images:
             table = table.cast_column(column, _encoded(datasets, table.features[column]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mmefficient.errors import InputError
 from mmefficient.evaluation import run_eval, tasks
@@ -243,3 +246,34 @@ def test_hashes_of_many_files_become_one(tmp_path: Path) -> None:
     paths[3].write_text("other")
     files.read(paths[3])
     assert files.summary()["a/ (9 files)"] != before["a/ (9 files)"]
+
+
+TEXT_FILES = [
+    path.relative_to(FIXTURES)
+    for path in sorted(FIXTURES.rglob("*"))
+    if path.suffix in (".json", ".jsonl", ".tsv", ".txt")
+]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_whatever_the_damage_it_is_refused_in_one_sentence(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Bytes cut out and put in anywhere: the loader succeeds or raises InputError, and nothing vanishes uncounted."""
+    file = data.draw(st.sampled_from(TEXT_FILES))
+    content = (FIXTURES / file).read_bytes()
+    start = data.draw(st.integers(0, len(content)))
+    stop = data.draw(st.integers(start, min(len(content), start + 40)))
+    junk = data.draw(
+        st.sampled_from([b"", b"\x00", b"\xff", b'"', b"null", b"[", b"{}", b"\n", b"\t", b"1e999", b"-1", b"NaN"])
+    )
+    name = file.parts[0]
+    folder = tmp_path_factory.mktemp("fuzz") / name
+    shutil.copytree(FIXTURES / name, folder)
+    (folder / file.relative_to(name)).write_bytes(content[:start] + junk + content[stop:])
+    for skip_bad in (False, True):
+        with contextlib.suppress(InputError):
+            task = tasks.get(name, folder, "llava-ocr" if file.suffix == ".jsonl" else None, skip_bad=skip_bad)
+            task.records(None, None)
+            assert skip_bad or not task.facts()["skipped"]

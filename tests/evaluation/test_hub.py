@@ -103,6 +103,14 @@ def test_vqav2_and_its_relatives(tmp_path: Path) -> None:
     assert (record.picture, record.category) == ("VizWiz_val_0.jpg", "other")
 
 
+def test_documents(tmp_path: Path) -> None:
+    row = {"questionId": "7", "question": "Which?", "docId": 3, "answers": ["a", "b"], "image": RED}
+    folder = save(tmp_path / "DocVQA", "validation", [row])
+    for name, picture in (("docvqa", "3"), ("infovqa", "1")):
+        (record,) = tasks.get(name, folder).records(None, None)
+        assert (record.id, record.picture, record.truth) == ("7", picture, ("a", "b"))
+
+
 def test_multiple_choice_sets(tmp_path: Path) -> None:
     science = {"question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": "", "subject": "s", "image": RED}
     record = tasks.get("scienceqa", save(tmp_path / "s", "test", [science])).records(None, None)[0]
@@ -167,7 +175,14 @@ def test_mmmu_reads_the_published_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "expected"), [("lmms-lab/POPE", True), ("./data/pope", False), ("/data/pope", False), ("pope", False)]
+    ("place", "expected"),
+    [
+        ("lmms-lab/POPE", True),
+        ("lmms-lab/MMBench:en", True),
+        ("./data/pope", False),
+        ("/data/pope", False),
+        ("pope", False),
+    ],
 )
 def test_what_looks_like_a_hub_id(place: str, expected: bool) -> None:
     assert is_hub(place) is expected
@@ -187,9 +202,15 @@ def test_what_datasets_cannot_load_is_one_sentence(tmp_path: Path) -> None:
 def test_a_mistyped_folder_is_named_before_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
-    def offline(*_: object, **__: object) -> None:
+    asked: list[object] = []
+
+    def offline(*arguments: object, **_: object) -> None:
+        asked.append(arguments)
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(InputError, match=r"There is no folder data/pope, and datasets cannot load .*offline"):
         tasks.get("pope", "data/pope")
+    with pytest.raises(InputError, match="datasets cannot load owner/name:part"):
+        tasks.get("pope", "owner/name:part")
+    assert asked == [("data/pope", None), ("owner/name", "part")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from mmefficient.evaluation.task import Output, Ratio, Record, Scorer, ratio
@@ -22,6 +22,7 @@ _WORDS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBE
 _ARTICLES = ("a", "an", "the")
 
 
+@lru_cache(maxsize=1 << 16)  # annotators repeat themselves
 def normalise_answer(text: str) -> str:
     """The official normal form: punctuation and loose stops go, number words become digits, articles go.
 

@@ -21,7 +21,7 @@ VARIANTS = {
 }
 
 
-def dataset(name: str, files: tuple[str, ...], image: str, folders: tuple[str, ...], config: str) -> Dataset:
+def dataset(name: str, files: tuple[str, ...], image: str, folders: tuple[str, ...]) -> Dataset:
     """A set in the format of the Document Visual Question Answering challenges."""
 
     def rows(at: Files, variant: Variant) -> Iterable[Row]:
@@ -32,7 +32,7 @@ def dataset(name: str, files: tuple[str, ...], image: str, folders: tuple[str, .
         question = variant.prompt.format(question=row.text("question"))
         return Record(row.id("questionId"), "question", question, picture.id, row.texts("answers"), picture)
 
-    hub = Hub("validation", {image: "docId" if name == "docvqa" else "record"}, config)
+    hub = Hub("validation", {image: "docId" if name == "docvqa" else "record"})
     return Dataset(name, VARIANTS, rows, record, {"question": anls}, hub=hub)
 
 
@@ -41,5 +41,4 @@ TASK = dataset(
     ("val_v1.0_withQT.json", "val_v1.0.json"),
     "image",
     ("documents", "spdocvqa_images", "images", "."),
-    "DocVQA",
 )

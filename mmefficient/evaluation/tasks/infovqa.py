@@ -13,5 +13,4 @@ TASK = dataset(
     ("infographicsVQA_val_v1.0_withQT.json", "infographicsVQA_val_v1.0.json"),
     "image_local_name",
     ("infographicsvqa_images", "images", "."),
-    "InfographicVQA",
 )
