@@ -28,7 +28,7 @@ class Hub:
 
 
 def is_hub(data: str | PathLike[str]) -> bool:
-    """Whether `data` is a hub id ("owner/name", "owner/name:configuration"), or a folder of Parquet files as one has."""
+    """Whether `data` is a hub id ("owner/name", "owner/name:configuration"), or a folder of Parquet files."""
     place = Path(data)
     if place.is_dir():
         return any(place.glob("*.parquet")) or any(place.glob("data/*.parquet"))
