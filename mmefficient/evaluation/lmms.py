@@ -32,7 +32,7 @@ def manifest() -> ModelManifest:
     return ModelManifest("mmefficient", chat_class_path=f"{__name__}.MMEfficient")
 
 
-class MMEfficient(lmms):  # type: ignore[misc]
+class MMEfficient(lmms):
     """A model under a plan.
 
     Args:

@@ -10,7 +10,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
 NONE, BLIND = "#222222", "#8a8f98"
 MARKERS = {"random": "D", "grid": "s", "pool": "^"}
 STAGES = {"preprocess": "#d9d9d9", "vision": "#9ecae1", "prefill": "#3182bd", "decode": "#fdae6b"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
