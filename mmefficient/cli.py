@@ -148,9 +148,7 @@ def methods(as_json: AsJson = False) -> None:
 )
 def evaluate(
     task: Annotated[str, typer.Option(help="What to evaluate on; docs/evaluation.md lists the tasks.")] = "scenes",
-    plan: Annotated[
-        list[str] | None, typer.Option(help="A plan to measure; repeat the option for more.")
-    ] = None,
+    plan: Annotated[list[str] | None, typer.Option(help="A plan to measure; repeat the option for more.")] = None,
     model: Model = "reference",
     limit: Annotated[int | None, typer.Option(min=1, help="Questions in all, spread over the kinds.")] = None,
     data: Annotated[
