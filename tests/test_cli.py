@@ -211,7 +211,8 @@ def test_the_examples_in_help_and_documentation_are_valid_commands(run: Any, mon
     monkeypatch.setattr("mmefficient.images.load_image", lambda path: path)
     texts = [command.epilog or "" for command in cli.app.registered_commands]
     texts += [document.read_text() for document in documents]
-    examples = [line for text in texts for line in text.splitlines() if line.startswith("mmefficient ")]
+    lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines()]
+    examples = [line for line in lines if line.startswith("mmefficient ")]
     assert len(examples) >= 12
     for example in examples:
         result = run(*shlex.split(example)[1:])
