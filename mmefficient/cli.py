@@ -143,25 +143,36 @@ def methods(as_json: AsJson = False) -> None:
 @app.command(
     name="eval",
     epilog="Examples:\n\nmmefficient eval --task scenes --plan 'fastv(layer=2,keep=0.25)' --limit 120\n\n"
-    "mmefficient eval --task scenes --plan 'random(keep=0.25,seed=0)' --plan 'grid(keep=0.25)' --out results/",
+    "mmefficient eval --task scenes --plan 'random(keep=0.25,seed=0)' --plan 'grid(keep=0.25)' --out results/\n\n"
+    "mmefficient eval --task pope --data ~/data/pope --variant vcd --model llava-hf/llava-1.5-7b-hf",
 )
 def evaluate(
-    task: Annotated[str, typer.Option(help="What to evaluate on.")] = "scenes",
-    plan: Annotated[
-        list[str] | None, typer.Option(help="A plan to measure against no plan; repeat the option for more.")
-    ] = None,
+    task: Annotated[str, typer.Option(help="What to evaluate on; docs/evaluation.md lists the tasks.")] = "scenes",
+    plan: Annotated[list[str] | None, typer.Option(help="A plan to measure; repeat the option for more.")] = None,
     model: Model = "reference",
     limit: Annotated[int | None, typer.Option(min=1, help="Questions in all, spread over the kinds.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder with the task's official files, or a hub id; see docs/evaluation.md.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="The task's prompt and settings; its first by default.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out and list unusable records.")] = False,
     kind: Annotated[list[str] | None, typer.Option(help="Only this kind of question; repeat for more.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for report.json, report.md and the answers so far.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the reports and the answers so far.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per batch; 16 on a CPU, else 128.")] = None,
+    no_baselines: Annotated[
+        bool, typer.Option("--no-baselines", help="Leave out random, grid and pool at the budget of every plan.")
+    ] = False,
     check_flips: Annotated[int, typer.Option(min=0, help="Ask this many again alone, to count changed answers.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Measure plans on a task: every metric with its 95 % interval, and its paired difference to no plan."""
+    """Measure plans on a task: every metric with its 95 % interval, paired differences to no plan and to baselines.
+
+    For several processes: accelerate launch --multi_gpu --num_processes 2 -m mmefficient.cli eval ...
+    """
     from mmefficient.evaluation import run_eval
     from mmefficient.evaluation.markdown import markdown
+    from mmefficient.evaluation.processes import Processes
 
     _quiet()
     report = run_eval(
@@ -171,12 +182,17 @@ def evaluate(
         limit=limit,
         kinds=kind,
         out=out,
+        data=data,
+        variant=variant,
+        skip_bad=skip_bad,
         batch_size=batch_size,
+        baselines=not no_baselines,
         check_flips=check_flips,
         device=device,
         dtype=dtype,
     )
-    print(markdown(report))
+    if Processes.current().rank == 0:
+        print(markdown(report))
 
 
 @app.command(epilog="Examples:\n\nmmefficient env\n\nmmefficient env --json")

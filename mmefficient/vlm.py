@@ -93,6 +93,12 @@ class VLM:
         conversations = [[user_message(_as_list(image), question)] for image, question in rows]
         return self._answer(conversations, plan, generate_kwargs) if conversations else []
 
+    def converse(
+        self, conversations: Sequence[Sequence[Message]], *, plan: Plan | str | None = None, **generate_kwargs: Any
+    ) -> list[Answer]:
+        """Like `ask_batch`, for the last turn of conversations in transformers' chat format."""
+        return self._answer([list(one) for one in conversations], plan, generate_kwargs) if conversations else []
+
     def chat(self, image: Images = None, *, plan: Plan | str | None = None, **generate_kwargs: Any) -> Chat:
         """Start a conversation about `image`; the arguments are the defaults of every turn."""
         return Chat(self, image, plan=plan, **generate_kwargs)
@@ -248,6 +254,7 @@ def _row_of(report: Report, row: int, generated_tokens: int) -> Report:
         report,
         rows=[report.rows[row]],
         lives_until=(report.lives_until[row],),
+        places=(report.places[row],),
         generated_tokens=generated_tokens,
     )
 

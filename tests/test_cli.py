@@ -211,7 +211,8 @@ def test_the_examples_in_help_and_documentation_are_valid_commands(run: Any, mon
     monkeypatch.setattr("mmefficient.images.load_image", lambda path: path)
     texts = [command.epilog or "" for command in cli.app.registered_commands]
     texts += [document.read_text() for document in documents]
-    examples = [line for text in texts for line in text.splitlines() if line.startswith("mmefficient ")]
+    lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines()]
+    examples = [line for line in lines if line.startswith("mmefficient ")]
     assert len(examples) >= 12
     for example in examples:
         result = run(*shlex.split(example)[1:])
@@ -229,6 +230,7 @@ def test_eval_hands_everything_on(run: Any, monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr("mmefficient.evaluation.run_eval", record)
     monkeypatch.setattr("mmefficient.evaluation.markdown.markdown", lambda report: f"# {report['task']}")
     options = ("--limit", 3, "--kind", "count", "--out", tmp_path, "--batch-size", 4, "--check-flips", 2)
+    options += ("--no-baselines", "--data", "somewhere", "--variant", "plain", "--skip-bad")
     result = run("eval", "--task", "scenes", "--plan", PLAN, "--plan", "exit(layer=2)", *options, "--dtype", "float32")
     assert result.out == "# scenes\n"
     (arguments, keywords) = calls[0]
@@ -237,7 +239,11 @@ def test_eval_hands_everything_on(run: Any, monkeypatch: pytest.MonkeyPatch, tmp
         "limit": 3,
         "kinds": ["count"],
         "out": tmp_path,
+        "data": "somewhere",
+        "variant": "plain",
+        "skip_bad": True,
         "batch_size": 4,
+        "baselines": False,
         "check_flips": 2,
         "device": "auto",
         "dtype": "float32",

@@ -19,3 +19,4 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "576 [576, 576, 144, 144" in printed
     assert "did you mean 'fastv'" in printed
+    assert printed.partition("pipeline:")[2].strip()

@@ -42,6 +42,7 @@ def test_a_ragged_batch_answers_row_by_row_like_single_questions(any_vlm: mm.VLM
         assert answer.report.rows == alone.report.rows
         for layer in range(LAYERS):
             assert torch.equal(answer.report.kept(0, layer), alone.report.kept(0, layer))
+        assert torch.equal(answer.report.places[0], alone.report.places[0])
 
 
 def test_the_text_is_that_of_the_stock_model(any_vlm: mm.VLM) -> None:
@@ -165,6 +166,15 @@ def test_chat_remembers_turns_but_not_failures(vlm: mm.VLM) -> None:
     prompt = vlm.processor.apply_chat_template(chat.messages[:3], add_generation_prompt=True)
     assert first.text in prompt
     assert prompt.count("<image>") == 1
+
+
+def test_conversations_in_chat_format_are_answered_in_one_batch(vlm: mm.VLM) -> None:
+    asked = [{"role": "user", "content": [{"type": "image", "image": WIDE}, _text(QUESTION)]}]
+    said = [*asked, {"role": "assistant", "content": [_text("a dog")]}, {"role": "user", "content": [_text("what?")]}]
+    answers = vlm.converse([asked, said], plan=PLAN, max_new_tokens=4)
+    assert answers[0].text == vlm.ask(WIDE, QUESTION, plan=PLAN, max_new_tokens=4).text
+    assert answers[1].text == vlm.converse([said], plan=PLAN, max_new_tokens=4)[0].text
+    assert vlm.converse([], plan=PLAN) == []
 
 
 def test_a_stream_ends_early_and_passes_errors_on(vlm: mm.VLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,85 +15,102 @@ from mmefficient.errors import InputError
 class Answer:
     """What a run keeps of one question.
 
-    `visual_tokens` is the mean over decoder layers of the visual tokens kept, of `visual_total` in the prompt. FLOPs
-    and times (ms per stage) are the batch's, divided by its number of questions.
+    `kept` counts the visual tokens that each decoder layer held, of `visual_total` in the prompt. FLOPs and times (ms
+    per stage) are the batch's, divided by its number of questions; `ms["vision"]` is divided by the number of pictures
+    that were encoded, so it does not depend on how many questions happened to share a picture.
     """
 
     id: str
     text: str
     truncated: bool
-    visual_tokens: float
+    kept: list[int]
     visual_total: int
     prefill_flops: float
     prefill_flops_without_plan: float
     ms: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def visual_tokens(self) -> float:
+        """Visual tokens kept, mean over decoder layers."""
+        return sum(self.kept) / len(self.kept)
+
 
 class AnswerLog:
-    """The answers to `ids`, in their order, appended batch by batch; with a path they are also kept on disk."""
+    """The answers to `ids`, by id; given a folder they are also kept on disk, appended batch by batch.
 
-    def __init__(self, path: Path | None, header: Mapping[str, object], ids: Sequence[str]) -> None:
-        """Reads what an earlier run left at `path`.
+    Processes that share a run share the folder: each reads what all of them left there, and writes a file of its own.
+    """
+
+    def __init__(
+        self, folder: Path | None, name: str, header: Mapping[str, object], ids: Sequence[str], rank: int = 0
+    ) -> None:
+        """Reads what earlier runs left in the files of `folder` whose names begin with `name`.
 
         Raises:
-            InputError: the file was made with another header, or is not what a run of these questions writes. An
+            InputError: a file was made with another header, or is not what a run of these questions writes. An
                 unfinished last line, as a kill leaves it, is dropped.
         """
-        self.path = path
-        self.answers: list[Answer] = []
-        self._ids = ids
-        self._ends: list[int] = []  # file size after the header and after each answer
+        self.answers: dict[str, Answer] = {}
+        self._ids = frozenset(ids)
+        self._header = header
+        self._size = 0  # of the complete lines in this process's file
         self._file: BinaryIO | None = None
-        if path is None:
-            return
-        content = path.read_bytes() if path.exists() else b""
-        if b"\n" in content:
-            self._read(content, header)
-        else:
-            line = _line(header)
-            path.write_bytes(line)
-            self._ends.append(len(line))
-        self._file = path.open("r+b")
-        self.cut(len(self.answers))
+        self._path = None if folder is None else folder / (f"{name}-{rank}.jsonl" if rank else f"{name}.jsonl")
+        for path in [] if folder is None else sorted(folder.glob(f"{name}*.jsonl")):
+            size = self._read(path)
+            self._size = size if path == self._path else self._size
 
-    def _read(self, content: bytes, header: Mapping[str, object]) -> None:
+    def _read(self, path: Path) -> int:
         size = 0
-        for number, line in enumerate(content.splitlines(keepends=True)):
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
             if not line.endswith(b"\n"):
                 break
             try:
                 entry = json.loads(line)
                 if number == 0:
-                    _check_header(self.path, entry, header)
+                    _check_header(path, entry, self._header)
                 else:
-                    self.answers.append(_answer(entry, self._ids[number - 1 : number]))
+                    self._keep(_answer(entry))
             except (ValueError, TypeError, KeyError) as error:
                 if isinstance(error, InputError):
                     raise
                 raise InputError(
-                    f"{self.path}, line {number + 1}, is not an answer of this run ({error}). "
+                    f"{path}, line {number + 1}, is not an answer of this run ({error}). "
                     "Delete the file, or the lines from there on, and run again."
                 ) from None
             size += len(line)
-            self._ends.append(size)
+        return size
 
-    def cut(self, count: int) -> None:
-        """Forgets all but the first `count` answers."""
-        del self.answers[count:]
-        if self._file is not None:
-            del self._ends[count + 1 :]
-            self._file.truncate(self._ends[-1])
-            self._file.seek(self._ends[-1])
+    def _keep(self, answer: Answer) -> None:
+        if answer.id not in self._ids:
+            raise ValueError(f"it answers {answer.id!r}, which is not asked")
+        if answer.id in self.answers:
+            raise ValueError(f"it answers {answer.id!r} again")
+        self.answers[answer.id] = answer
+
+    def share(self, answers: Sequence[Answer]) -> None:
+        """Takes over what other processes know."""
+        self.answers |= {answer.id: answer for answer in answers if answer.id not in self.answers}
 
     def append(self, answers: Sequence[Answer]) -> None:
-        """Adds one batch and hands it to the operating system, so that killing the process loses no finished batch."""
-        self.answers.extend(answers)
-        if self._file is not None:
-            for answer in answers:
-                line = _line(asdict(answer))
-                self._file.write(line)
-                self._ends.append(self._ends[-1] + len(line))
+        """Adds one batch and hands it to the operating system, so that killing the process loses no finished batch.
+
+        Answers that are known already, because a kill cut the batch in two, stay as they are.
+        """
+        new = [answer for answer in answers if answer.id not in self.answers]
+        self.share(new)
+        if self._path is not None and new:
+            self._file = self._file or self._open(self._path)
+            self._file.write(b"".join(_line(asdict(answer)) for answer in new))
             self._file.flush()
+
+    def _open(self, path: Path) -> BinaryIO:
+        file = path.open("r+b" if path.exists() else "wb")
+        file.truncate(self._size)
+        file.seek(self._size)
+        if not self._size:
+            file.write(_line(self._header))
+        return file
 
     def __enter__(self) -> AnswerLog:
         return self
@@ -109,24 +126,24 @@ def _line(entry: Mapping[str, object]) -> bytes:
     return json.dumps(entry, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
 
 
-def _answer(entry: object, expected: Sequence[str]) -> Answer:
+def _answer(entry: object) -> Answer:
     if not isinstance(entry, dict) or entry.keys() != {f.name for f in fields(Answer)}:
         raise ValueError("its fields differ")
     answer = Answer(**entry)
-    if [answer.id] != list(expected):
-        raise ValueError(f"it answers {answer.id!r}, expected {expected[0]!r}" if expected else "one answer too many")
-    numbers = (answer.visual_tokens, answer.visual_total, answer.prefill_flops, answer.prefill_flops_without_plan)
+    numbers = (answer.visual_total, answer.prefill_flops, answer.prefill_flops_without_plan)
     if not (
-        isinstance(answer.text, str)
+        isinstance(answer.id, str)
+        and isinstance(answer.text, str)
         and isinstance(answer.truncated, bool)
         and isinstance(answer.ms, dict)
-        and all(isinstance(number, int | float) for number in (*numbers, *answer.ms.values()))
+        and isinstance(answer.kept, list)
+        and all(isinstance(number, int | float) for number in (*numbers, *answer.kept, *answer.ms.values()))
     ):
         raise ValueError("a field has the wrong type")
     return answer
 
 
-def _check_header(path: Path | None, found: object, expected: Mapping[str, object]) -> None:
+def _check_header(path: Path, found: object, expected: Mapping[str, object]) -> None:
     expected = json.loads(_line(expected))
     if not isinstance(found, dict):
         raise ValueError("its header is missing")

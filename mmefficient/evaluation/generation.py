@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,18 +12,24 @@ from torch import Tensor
 
 from mmefficient.bench.timers import StageTimer
 from mmefficient.evaluation.answers import Answer
+from mmefficient.evaluation.sharing import SharedPictures
 from mmefficient.evaluation.task import Record, Task
+from mmefficient.plan import Plan
+from mmefficient.run import Run
 from mmefficient.vlm import user_message
 
 
-def batches(records: Sequence[Record], size: int) -> list[list[Record]]:
-    """Cuts `records` into batches of at most `size`, each of one kind, in order: a function of its arguments alone."""
-    result: list[list[Record]] = []
+def batches(records: Sequence[Record], size: int, task: Task) -> list[list[Record]]:
+    """Cuts `records` into batches of at most `size` that may stop after the same number of new tokens.
+
+    A function of its arguments alone. Questions about one picture come together, since a batch encodes it once.
+    """
+    groups: dict[int, dict[str, list[Record]]] = {}
     for record in records:
-        if not result or len(result[-1]) == size or result[-1][0].kind != record.kind:
-            result.append([])
-        result[-1].append(record)
-    return result
+        same = groups.setdefault(task.kinds[record.kind].max_new_tokens, {})
+        same.setdefault(record.picture, []).append(record)
+    ordered = [[record for shown in same.values() for record in shown] for same in groups.values()]
+    return [group[start : start + size] for group in ordered for start in range(0, len(group), size)]
 
 
 class Asker:
@@ -33,8 +40,15 @@ class Asker:
         stop = model.generation_config.eos_token_id
         self._stop = torch.tensor([stop] if isinstance(stop, int) else list(stop or []), dtype=torch.long)
 
+    @contextmanager
+    def under(self, plan: Plan) -> Iterator[Run]:
+        """Puts the plan on the model for the time of a `with` block."""
+        with SharedPictures(self.model, plan) as self._shared, plan.apply(self.model) as run:
+            yield run
+
     def ask(self, records: Sequence[Record], run: Any) -> list[Answer]:
-        """Answers to records of one kind, from the model as the plan behind `run` left it."""
+        """Answers to the records of one batch, from the model as `under` left it."""
+        self._shared.pictures = [record.picture for record in records]
         with StageTimer(self.model) as timer:
             with timer.preprocess():
                 inputs = self._inputs(records)
@@ -65,6 +79,7 @@ class Asker:
 
     def _answers(self, records: Sequence[Record], new: Tensor, stages: dict[str, float], report: Any) -> list[Answer]:
         count = len(records)
+        shares = {"vision": max(1, self._shared.encoded)}
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         finished = torch.isin(new, self._stop).any(dim=1).tolist()
         return [
@@ -72,11 +87,11 @@ class Asker:
                 id=record.id,
                 text=text.strip(),
                 truncated=not done,
-                visual_tokens=sum(row.kept_per_layer) / len(row.kept_per_layer),
+                kept=list(row.kept_per_layer),
                 visual_total=row.visual_total,
                 prefill_flops=report.prefill_flops / count,
                 prefill_flops_without_plan=report.prefill_flops_without_plan / count,
-                ms={name: round(value / count, 4) for name, value in stages.items()},
+                ms={name: round(value / shares.get(name, count), 4) for name, value in stages.items()},
             )
             for record, text, done, row in zip(records, texts, finished, report.rows, strict=True)
         ]

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mmefficient.evaluation.answers import Answer
-from mmefficient.evaluation.statistics import Array, compare
+from mmefficient.evaluation.regressions import worst
+from mmefficient.evaluation.statistics import Array, compare, mcnemar
 from mmefficient.evaluation.task import Output, Ratio, Record, Task
 
 
 @dataclass(frozen=True)
 class PlanRun:
-    """What one plan answered; `flips` are the ids, of `checked` questions, that it answered otherwise when alone."""
+    """What one plan answered; `flips` are the ids, of `checked` questions, that it answered otherwise when alone.
+
+    `share` is its budget (see `baselines.budget`); `rivals` are, by name of the baseline, the plans it has to beat.
+    """
 
     plan: str
     answers: Sequence[Answer]
     checked: int = 0
     flips: Sequence[str] = ()
+    share: float = 1.0
+    rivals: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class _Block:
     units: Sequence[str]
     table: Array
     pictures: Sequence[str]
+    lower: bool
+    """Whether less of the first metric is better."""
 
 
 def build(
@@ -43,29 +51,68 @@ def build(
     environment: Mapping[str, Any],
     resamples: int,
     seed: int,
+    tested: int | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The report of `runs`, of which the first is the baseline.
+    """The report of `runs`: no plan, then the other `tested` plans, then baselines.
 
     `plans[i]["metrics"]` maps "kind/metric" and "group/metric" to {"value", "low", "high", "n"}: shares as fractions
     (other units are in `settings["units"]`), 95 % bootstrap intervals over pictures, the number of questions; undefined
-    values are null. `paired` holds the differences to the baseline in the same form. `visual_tokens` is the mean over
+    values are null. `paired` holds the differences to no plan in the same form. `visual_tokens` is the mean over
     questions and decoder layers; `prefill_flops_ratio` is the prefill's FLOPs over those without the plan.
+
+    By the first metric of every kind and group: `against[baseline][metric]` is the difference to the mean of the
+    plan's matched baselines with a "verdict", "better" or "worse" where the interval excludes zero and else "equal";
+    `mcnemar[metric]` counts answers "lost" and "gained" against no plan where each is right or wrong, and has the "p"
+    of the exact test; `regressions` are questions that the plan answers worse (see `regressions.worst`). `headline`
+    names the metric to look at first.
     """
+    tested = len(runs) if tested is None else tested
     metrics: list[dict[str, Any]] = [{} for _ in runs]
     paired: list[dict[str, Any]] = [{} for _ in runs]
+    against: list[dict[str, Any]] = [{name: {} for name in run.rivals} for run in runs]
+    tests: list[dict[str, Any]] = [{} for _ in runs]
+    place = {run.plan: i for i, run in enumerate(runs)}
+    rivals = [
+        (i, name, [place[each] for each in group]) for i, run in enumerate(runs) for name, group in run.rivals.items()
+    ]
+    contrasts = [*((i, [0]) for i in range(len(runs))), *((i, group) for i, _, group in rivals)]
     units: dict[str, str] = {}
-    for block in _blocks(task, records, runs):
-        estimates = compare(block.table, block.pictures, resamples=resamples, seed=seed)
+    blocks = list(_blocks(task, records, runs))
+    for block in blocks:
+        n, first = len(block.pictures), block.names[0]
+        values, differences = compare(block.table, block.pictures, contrasts, resamples=resamples, seed=seed)
         units |= dict(zip(block.names, block.units, strict=True))
-        for targets, estimate in zip((metrics, paired), estimates, strict=True):
+        for targets, estimate in ((metrics, values), (paired, differences[: len(runs)])):
             for target, rows in zip(targets, estimate, strict=True):
-                target |= {name: _entry(row, len(block.pictures)) for name, row in zip(block.names, rows, strict=True)}
+                target |= {name: _entry(row, n) for name, row in zip(block.names, rows, strict=True)}
+        for (i, name, _), rows in zip(rivals, differences[len(runs) :], strict=True):
+            entry = _entry(rows[0], n)
+            against[i][name][first] = {**entry, "verdict": _verdict(entry, block.lower)}
+        for i in range(1, len(runs)):
+            tests[i] |= _mcnemar(block, i)
+    groups = [block for block in blocks if block.table.shape[3] > 1]
     return {
         "task": task.name,
+        "headline": (groups or blocks)[0].names[0],
+        "judged_by": {block.names[0].rpartition("/")[0]: block.names[0] for block in blocks},
+        "lower_is_better": [block.names[0] for block in blocks if block.lower],
         "plans": [
-            {"plan": run.plan, "metrics": values, "paired": differences if index else {}, **_cost(run)}
-            for index, (run, values, differences) in enumerate(zip(runs, metrics, paired, strict=True))
+            {
+                "plan": run.plan,
+                "role": "none" if i == 0 else "tested" if i < tested else "baseline",
+                "budget": run.share,
+                "rivals": {name: list(group) for name, group in run.rivals.items()},
+                "metrics": metrics[i],
+                "paired": paired[i] if i else {},
+                "against": against[i],
+                "mcnemar": tests[i],
+                "regressions": worst(task, records, runs[0].answers, run.answers) if 0 < i < tested else [],
+                **_cost(run),
+            }
+            for i, run in enumerate(runs)
         ],
+        "left_out": dict(left_out or {}),
         "environment": dict(environment),
         "settings": {
             **settings,
@@ -75,6 +122,23 @@ def build(
         },
         "digest": settings["digest"],
     }
+
+
+def _verdict(entry: Mapping[str, float | int | None], lower: bool) -> str:
+    low, high = entry["low"], entry["high"]
+    if low is None or high is None or low <= 0 <= high:
+        return "equal"
+    return "better" if (high < 0 if lower else low > 0) else "worse"
+
+
+def _mcnemar(block: _Block, plan: int) -> dict[str, Any]:
+    """The test on a block's first metric, if it is one kind's and calls every answer right or wrong."""
+    sums = block.table[:, [0, plan], 0, 0]
+    if block.table.shape[3] > 1 or (sums[..., 1] != 1).any() or not np.isin(sums[..., 0], (0, 1)).all():
+        return {}
+    right = (sums[..., 0] == 1) != block.lower
+    lost, gained, p = mcnemar(right[:, 0], right[:, 1])
+    return {block.names[0]: {"lost": lost, "gained": gained, "p": float(f"{p:.6g}")}}
 
 
 def _blocks(task: Task, records: Sequence[Record], runs: Sequence[PlanRun]) -> Iterator[_Block]:
@@ -93,11 +157,12 @@ def _blocks(task: Task, records: Sequence[Record], runs: Sequence[PlanRun]) -> I
             units=[ratio.unit for ratio in scores[0].values()],
             table=np.moveaxis(np.array(columns), 2, 0)[:, :, :, None],
             pictures=[record.picture for record in chosen],
+            lower=next(iter(scores[0].values())).better == "lower",
         )
     yield from kinds.values()
     for group, members in task.groups.items():
-        if set(members) <= kinds.keys():
-            yield _mean(group, [kinds[kind] for kind in members])
+        if set(members) <= kinds.keys() and (block := _mean(group, [kinds[kind] for kind in members])).names:
+            yield block
 
 
 def _mean(group: str, blocks: Sequence[_Block]) -> _Block:
@@ -115,6 +180,7 @@ def _mean(group: str, blocks: Sequence[_Block]) -> _Block:
         units=[blocks[0].units[metrics[0][name]] for name in shared],
         table=table,
         pictures=[picture for block in blocks for picture in block.pictures],
+        lower=all(block.lower for block in blocks),
     )
 
 

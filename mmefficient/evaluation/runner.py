@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
 import sys
-from bisect import bisect_right
+import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
-from itertools import accumulate
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from mmefficient.environment import collect
 from mmefficient.errors import InputError
 from mmefficient.evaluation import tasks
-from mmefficient.evaluation.answers import AnswerLog
-from mmefficient.evaluation.generation import Asker, batches, fingerprint
+from mmefficient.evaluation.execution import Execution
+from mmefficient.evaluation.generation import Asker, fingerprint
 from mmefficient.evaluation.markdown import markdown
-from mmefficient.evaluation.report import PlanRun, build
-from mmefficient.evaluation.task import Record, Task, digest
+from mmefficient.evaluation.page import page
+from mmefficient.evaluation.processes import Processes
+from mmefficient.evaluation.regressions import draw
+from mmefficient.evaluation.report import build
+from mmefficient.evaluation.task import Record, Task, digest, hashes
 from mmefficient.plan import Plan
 from mmefficient.vlm import VLM
 
@@ -35,26 +34,39 @@ def run_eval(
     *,
     limit: int | None = None,
     out: str | Path | None = None,
+    data: str | Path | None = None,
+    variant: str | None = None,
+    skip_bad: bool = False,
     batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     kinds: Sequence[str] | None = None,
+    baselines: bool = True,
     check_flips: int = 0,
     resamples: int = 2000,
     seed: int = 0,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Evaluates plans on a task, each against no plan, which always runs first.
+    """Evaluates plans on a task, each against no plan, which always runs first, and against blind baselines.
+
+    Under `accelerate launch` the processes divide the batches, which are the same as for one process, and every one of
+    them returns the whole report; the first writes it.
 
     Args:
         task: a name of `mmefficient.evaluation.tasks.NAMES`, or a `Task`.
         plans: plans or their specifications, in the order of the report.
         model: "reference", a path, a hub id, or a loaded `VLM` (`device` and `dtype` are then its own).
         limit: questions in all, spread evenly over the kinds; by default every question.
-        out: directory for `report.json`, `report.md` and the answers; a later run with the same settings goes on from
-            the answers there. By default nothing is written.
+        out: directory for `report.json`, `report.md`, `report.html` and the answers; a later run with the same
+            settings goes on from the answers there. By default nothing is written.
+        data: where the task's annotations and pictures are: a folder of official files (see docs/evaluation.md), or a
+            hub id. "scenes" and "easy-vqa" bring their own.
+        variant: the prompt and generation settings to use; the task's first by default.
+        skip_bad: leave out records that cannot be used, and list them in the report; by default they are an error.
         batch_size: questions decoded together; by default 16 on a CPU and 128 elsewhere.
         kinds: the kinds of question to ask; all by default.
+        baselines: whether to add `random` (three seeds), `grid` and `pool` at the budget of every plan, which is its
+            mean share of visual tokens over decoder layers (see `mmefficient.evaluation.baselines.budget`).
         check_flips: how many questions per plan, evenly spaced, are asked again one by one, to count the answers that
             depend on the batch (low precision makes some).
         resamples: bootstrap samples behind the 95 % intervals.
@@ -65,17 +77,20 @@ def run_eval(
         The report, which is also the content of `report.json`: see `mmefficient.evaluation.report.build`.
 
     Raises:
-        InputError: an unknown task or kind, a number out of range, or an `out` that is no directory or holds the
-            answers of another run.
+        InputError: an unknown task, variant or kind, data that cannot be used, a number out of range, or an `out`
+            that is no directory or holds the answers of another run.
         PlanError: a plan that cannot be parsed, or does not fit the model.
         ModelError: a model that cannot be loaded, or cannot carry a plan.
     """
     _at_least(1, limit=limit, batch_size=batch_size, resamples=resamples)
     _at_least(0, check_flips=check_flips)
-    task = tasks.get(task) if isinstance(task, str) else task
+    task = tasks.get(task, data, variant, skip_bad=skip_bad)
     chosen = list({str(plan): plan for plan in [Plan(), *map(_plan, plans)]}.values())
     records = _records(task, None if kinds is None else list(dict.fromkeys(kinds)), limit)
     folder = None if out is None else _folder(Path(out))
+    world = Processes.current()
+    if world.device and device == "auto":
+        device = world.device
     vlm = model if isinstance(model, VLM) else VLM.from_pretrained(model, device=device, dtype=dtype)
     asker = Asker(vlm.model, vlm.processor, task)
     size = batch_size or (16 if vlm.model.device.type == "cpu" else 128)
@@ -85,60 +100,38 @@ def run_eval(
         "digest": digest(records),
         "model": fingerprint(vlm.model, vlm.processor),
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        **task.facts(),
+        "hashes": hashes(task, records),
         "decoding": "greedy",
         "max_new_tokens": {kind: task.kinds[kind].max_new_tokens for kind in dict.fromkeys(r.kind for r in records)},
     }
-    runs = []
-    with ExitStack() as stack:
-        logs = [stack.enter_context(_log(folder, {**identity, "plan": str(plan)}, records)) for plan in chosen]
-        for plan, log in zip(chosen, logs, strict=True):
-            if plan and len(log.answers) < len(records):
-                with plan.apply(vlm.model) as run:
-                    asker.ask(records[:1], run)  # a plan that does not fit the model is refused now, not after hours
-        hidden = None if progress is None else not progress
-        bar = stack.enter_context(
-            tqdm(total=len(chosen) * len(records), unit="question", smoothing=0.05, disable=hidden)
-        )
-        for plan, log in zip(chosen, logs, strict=True):
-            bar.set_description(str(plan))
-            runs.append(_run(asker, plan, batches(records, size), log, check_flips, bar))
+    with Execution(asker, records, identity, folder, world) as execution:
+        given = [execution.add(plan) for plan in chosen]
+        for job in given[1:] if baselines else ():
+            execution.add_baselines(job)
+        runs = execution.run(size, check_flips, progress)
     report = build(
         task,
         records,
         runs,
-        settings={**identity, "batch_size": size, "device": str(vlm.model.device), "command": shlex.join(sys.argv)},
+        tested=len(given),
+        settings={
+            **identity,
+            "batch_size": size,
+            "processes": world.size,
+            "device": str(vlm.model.device),
+            "command": shlex.join(sys.argv),
+        },
         environment=collect(),
         resamples=resamples,
         seed=seed,
+        left_out=execution.left_out,
     )
-    if folder is not None:
+    if folder is not None and world.rank == 0:
         _write(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
         _write(folder / "report.md", markdown(report))
+        _write_page(folder, asker, records, report)
     return report
-
-
-def _run(
-    asker: Asker, plan: Plan, todo: Sequence[Sequence[Record]], log: AnswerLog, check: int, bar: tqdm[Any]
-) -> PlanRun:
-    """Answers the batches that `log` lacks; one that a kill cut in two is asked again as a whole."""
-    ends = list(accumulate(map(len, todo), initial=0))
-    done = bisect_right(ends, len(log.answers)) - 1
-    log.cut(ends[done])
-    if not bar.disable:
-        for counter in ("n", "initial", "last_print_n"):  # answers from an earlier run say nothing about the time left
-            setattr(bar, counter, getattr(bar, counter) + len(log.answers))
-    records = [record for batch in todo for record in batch]
-    check = min(check, len(records))
-    checked = [records[i * len(records) // check] for i in range(check)]
-    flips = []
-    if done < len(todo) or checked:
-        with plan.apply(asker.model) as run:
-            for batch in todo[done:]:
-                log.append(asker.ask(batch, run))
-                bar.update(len(batch))
-            answered = {answer.id: answer.text for answer in log.answers}
-            flips = [record.id for record in checked if asker.ask([record], run)[0].text != answered[record.id]]
-    return PlanRun(str(plan), log.answers, len(checked), flips)
 
 
 def _plan(plan: str | Plan) -> Plan:
@@ -174,9 +167,16 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _log(folder: Path | None, header: dict[str, Any], records: Sequence[Record]) -> AnswerLog:
-    name = f"answers-{hashlib.sha256(header['plan'].encode()).hexdigest()[:12]}.jsonl"
-    return AnswerLog(None if folder is None else folder / name, header, [record.id for record in records])
+def _write_page(folder: Path, asker: Asker, records: Sequence[Record], report: dict[str, Any]) -> None:
+    """Writes `report.html`; without matplotlib, which draws its plots, only says so."""
+    if find_spec("matplotlib") is None:
+        warnings.warn(
+            "report.html was not written: its plots need matplotlib; pip install 'mmefficient[eval]' and run again, "
+            "which asks nothing twice. report.json and report.md are complete.",
+            stacklevel=3,
+        )
+        return
+    _write(folder / "report.html", page(report, draw(asker, records, report, folder / "regressions")))
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,7 +1,8 @@
-"""Percentile bootstrap over pictures, for values and for paired differences between plans."""
+"""Percentile bootstrap over pictures, for values and paired differences between plans; McNemar's exact test."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -32,24 +33,49 @@ def resampled_sums(columns: Array, pictures: Sequence[str], resamples: int, seed
     return result
 
 
-def compare(table: Array, pictures: Sequence[str], *, resamples: int = 2000, seed: int = 0) -> tuple[Array, Array]:
-    """Values of metrics under several plans and their paired differences to the first plan, with 95 % intervals.
+def compare(
+    table: Array,
+    pictures: Sequence[str],
+    contrasts: Sequence[tuple[int, Sequence[int]]] | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[Array, Array]:
+    """Values of metrics under several plans and paired differences between them, with 95 % intervals.
 
     Args:
         table: [n, plans, metrics, parts, 2], the numerators and denominators of every record. A metric is the
             unweighted mean over its parts of Σ numerator / Σ denominator (one part, or one per kind of a group).
         pictures: the n records' pictures, the unit that is resampled.
+        contrasts: pairs of a plan and the plans whose mean is taken from it; by default every plan against the first.
         resamples: bootstrap samples, shared by all plans and metrics, which is what pairs the differences.
         seed: of the resampling.
 
     Returns:
-        `(values, differences)`, both [plans, metrics, 3]: value, low, high; NaN where a denominator is zero. Resamples
-        in which a metric is undefined are left out of its interval.
+        Values [plans, metrics, 3] and differences [contrasts, metrics, 3]: value, low, high; NaN where a denominator is
+        zero. Resamples in which a metric is undefined are left out of its interval.
     """
+    contrasts = [(plan, [0]) for plan in range(table.shape[1])] if contrasts is None else contrasts
     sampled = resampled_sums(table.reshape(len(table), -1), pictures, resamples, seed)
     observed = _metrics(table.sum(axis=0))
     samples = _metrics(sampled.reshape(resamples, *table.shape[1:]))
-    return _estimate(observed, samples), _estimate(observed - observed[:1], samples - samples[:, :1])
+    differences = [
+        _estimate(observed[i] - observed[others].mean(0), samples[:, i] - samples[:, others].mean(1))
+        for i, others in ((i, list(others)) for i, others in contrasts)
+    ]
+    return _estimate(observed, samples), np.stack(differences)
+
+
+def mcnemar(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[int, int, float]:
+    """Answers lost, answers gained, and the two-sided p of McNemar's exact test (1947) on paired outcomes [n].
+
+    Under the null hypothesis each answer that changed was as likely to be lost as gained. The test takes questions to
+    be independent, which those on one picture are not quite; the bootstrap intervals do not need that.
+    """
+    lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
+    changed = lost + gained
+    tail = sum(math.comb(changed, i) for i in range(min(lost, gained) + 1))
+    return lost, gained, min(1.0, 2 * tail / 2**changed)
 
 
 def _metrics(sums: Array) -> Array:
@@ -60,7 +86,7 @@ def _metrics(sums: Array) -> Array:
 
 
 def _estimate(observed: Array, samples: Array) -> Array:
-    """[plans, metrics] and [resamples, plans, metrics] -> [plans, metrics, 3]."""
+    """[...] and [resamples, ...] -> [..., 3]."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
         low, high = np.nanpercentile(samples, [2.5, 97.5], axis=0)

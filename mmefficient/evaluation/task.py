@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,7 +20,8 @@ class Record:
 
     `picture` identifies the picture's content: records that share it are resampled together, and it enters the
     task's digest. `truth` is what the kind's scorer compares with (accepted answers, or the objects that are there).
-    `source` is the task's own object from which the picture is made.
+    `source` is the task's own object from which the picture is made. `category` is the part of the set it belongs to,
+    for scorers that also report by part.
     """
 
     id: str
@@ -28,6 +30,7 @@ class Record:
     picture: str
     truth: tuple[str, ...]
     source: object = field(default=None, repr=False, compare=False)
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,26 @@ class Ratio:
     """A metric as a ratio of sums: Σ numerator / Σ denominator over records (both [n]).
 
     Accuracy, precision, recall, F1 and both CHAIR scores have this form, so one bootstrap serves them all.
-    `unit` is "share" (printed in percent) or the name of what is counted.
+    `unit` is "share" (printed in percent) or the name of what is counted. The first metric of a scorer is the one that
+    plans are judged by, in the direction of `better`.
     """
 
     numerator: NDArray[np.float64]
     denominator: NDArray[np.float64]
     unit: str = "share"
+    better: Literal["higher", "lower"] = "higher"
 
 
-def ratio(numerator: ArrayLike, denominator: ArrayLike | None = None, unit: str = "share") -> Ratio:
+def ratio(
+    numerator: ArrayLike,
+    denominator: ArrayLike | None = None,
+    unit: str = "share",
+    better: Literal["higher", "lower"] = "higher",
+) -> Ratio:
     """A `Ratio` from numbers or truth values [n]; without a denominator every record counts once (a mean)."""
     top = np.asarray(numerator, dtype=np.float64)
     bottom = np.ones_like(top) if denominator is None else np.asarray(denominator, dtype=np.float64)
-    return Ratio(top, bottom, unit)
+    return Ratio(top, bottom, unit, better)
 
 
 Scorer = Callable[[Sequence[Record], Sequence[Output]], dict[str, Ratio]]
@@ -76,6 +86,7 @@ class Task:
     `records(kinds, limit)` returns the records in a fixed order (at most `limit` per kind); `pictures(records,
     device)` their pictures, either uint8 [B, 3, H, W] or B PIL images. `groups` names unweighted means over kinds:
     every metric that all members report is averaged under the group's name, provided that all members were evaluated.
+    `facts()`, asked after `records`, is what the report says about the data: variant, files and what was left out.
     """
 
     name: str
@@ -83,6 +94,7 @@ class Task:
     records: Callable[[Sequence[str] | None, int | None], list[Record]]
     pictures: Callable[[Sequence[Record], device], Tensor | list[Image]]
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    facts: Callable[[], Mapping[str, Any]] = dict
 
 
 def digest(records: Sequence[Record]) -> str:
@@ -92,3 +104,18 @@ def digest(records: Sequence[Record]) -> str:
         row = [record.id, record.kind, record.question, record.picture, list(record.truth)]
         sha.update(json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
     return sha.hexdigest()
+
+
+def hashes(task: Task, records: Sequence[Record]) -> dict[str, str]:
+    """Sha256 (16 hex digits each) of what numbers of the same name silently differ in.
+
+    "images": the pictures' ids in order of first use; "prompts": the full texts asked, in order; "settings": the kinds'
+    generation limits. Two reports are about the same questions when "images" and "prompts" agree.
+    """
+    limits = {kind: task.kinds[kind].max_new_tokens for kind in dict.fromkeys(record.kind for record in records)}
+    parts = {
+        "images": list(dict.fromkeys(record.picture for record in records)),
+        "prompts": [record.question for record in records],
+        "settings": {"decoding": "greedy", "max_new_tokens": limits},
+    }
+    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()}

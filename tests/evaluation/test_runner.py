@@ -24,6 +24,12 @@ from mmefficient.vlm import VLM
 PLAN = "grid(keep=0.25)"
 
 
+@pytest.fixture(autouse=True)
+def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots have tests of their own and would take most of the time here."""
+    monkeypatch.setattr("mmefficient.evaluation.runner._write_page", lambda *_: None)
+
+
 def numbers(report: dict[str, Any]) -> str:
     """What must not depend on kills and batch sizes."""
     kept = ("plan", "metrics", "paired", "visual_tokens", "questions")
@@ -38,7 +44,8 @@ def texts(folder: Path) -> dict[str, list[str | None]]:
 
 
 def evaluate(task: Task, vlm: VLM, out: Path | None = None, **options: Any) -> dict[str, Any]:
-    return run_eval(task, [PLAN], vlm, out=out, resamples=50, **{"batch_size": 3, **options})
+    defaults: dict[str, Any] = {"batch_size": 3, "baselines": False}
+    return run_eval(task, [PLAN], vlm, out=out, resamples=50, **{**defaults, **options})
 
 
 def test_report_has_every_kind_for_every_plan(task: Task, vlm: VLM, tmp_path: Path) -> None:
@@ -73,13 +80,9 @@ def test_answers_are_those_of_the_stock_model(task: Task, vlm: VLM) -> None:
     output = vlm.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     expected = vlm.processor.tokenizer.decode(output, skip_special_tokens=True).strip()
 
-    class Run:
-        @staticmethod
-        def report() -> Any:
-            row = type("Row", (), {"visual_total": 16, "kept_per_layer": [16, 16]})
-            return type("R", (), {"rows": [row], "prefill_flops": 1, "prefill_flops_without_plan": 1, "stages_ms": {}})
-
-    answer = Asker(vlm.model, vlm.processor, task).ask([record], Run)[0]
+    asker = Asker(vlm.model, vlm.processor, task)
+    with asker.under(Plan()) as run:
+        answer = asker.ask([record], run)[0]
     assert answer.text == expected
     assert answer.truncated == (vlm.processor.tokenizer.eos_token_id not in output)
 
@@ -173,8 +176,6 @@ def damage(lines: list[str], how: str) -> list[str]:
         return [*lines[:3], "[1]", *lines[4:]]
     if how == "twice":
         return [*lines[:3], lines[2], *lines[3:]]
-    if how == "missing":
-        return [*lines[:3], *lines[4:]]
     if how == "too many":
         return [*lines, lines[-1]]
     if how == "field":
@@ -185,7 +186,7 @@ def damage(lines: list[str], how: str) -> list[str]:
     return lines[1:]
 
 
-DAMAGES = ["not json", "not utf-8", "no object", "twice", "missing", "too many", "field", "type", "header"]
+DAMAGES = ["not json", "not utf-8", "no object", "twice", "too many", "field", "type", "header"]
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -196,6 +197,15 @@ def test_a_damaged_file_is_refused_by_name_and_line(task: Task, vlm: VLM, tmp_pa
     path.write_text("\n".join(lines) + "\n", errors="surrogateescape")
     with pytest.raises(InputError, match=path.name):
         evaluate(task, vlm, tmp_path)
+
+
+def test_a_line_that_is_missing_is_answered_again(task: Task, vlm: VLM, tmp_path: Path) -> None:
+    whole = evaluate(task, vlm, tmp_path)
+    path = next(tmp_path.glob("*.jsonl"))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], *lines[4:]]) + "\n")
+    assert numbers(evaluate(task, vlm, tmp_path)) == numbers(whole)
+    assert [json.loads(line).get("text") for line in (*lines[:3], *lines[4:], lines[3])] == texts(tmp_path)[path.name]
 
 
 def test_flips_are_counted(task: Task, vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,12 +221,14 @@ def test_flips_are_counted(task: Task, vlm: VLM, monkeypatch: pytest.MonkeyPatch
     assert flips == {"checked": 21, "flipped": 7, "ids": [f"c{i}" for i in range(7)]}
 
 
-def test_batches_keep_order_and_never_mix_kinds(task: Task) -> None:
+def test_batches_hold_questions_on_one_picture_together_and_never_mix_limits(task: Task) -> None:
     records = task.records(None, None)
-    cut = batches(records, 3)
-    assert [record for batch in cut for record in batch] == records
+    cut = batches(records, 3, task)
+    assert sorted(record.id for batch in cut for record in batch) == sorted(record.id for record in records)
     assert [len(batch) for batch in cut] == [3, 3, 1] * 3
-    assert all(len({record.kind for record in batch}) == 1 for batch in cut)
+    assert all(len({task.kinds[record.kind].max_new_tokens for record in batch}) == 1 for batch in cut)
+    shuffled = [records[i] for i in (6, 0, 3, 1)]
+    assert [record.picture for record in batches(shuffled, 4, task)[0]] == ["p3", "p0", "p0", "p1"]
 
 
 def test_a_limit_is_spread_over_the_kinds(task: Task, vlm: VLM) -> None:
@@ -278,7 +290,7 @@ PLANS += ["fastv(layer=2,keep=0.25)", "exit(layer=2)"]
 
 
 def test_every_kind_of_plan_gives_the_same_answers_in_any_batch(task: Task, vlm: VLM) -> None:
-    report = run_eval(task, PLANS, vlm, batch_size=7, check_flips=21, resamples=10)
+    report = run_eval(task, PLANS, vlm, batch_size=7, check_flips=21, resamples=10, baselines=False)
     assert [plan["plan"] for plan in report["plans"]] == ["none", *(str(Plan(plan)) for plan in PLANS)]
     assert {plan["plan"]: plan["flips"]["ids"] for plan in report["plans"] if plan["flips"]["ids"]} == {}
     assert all(plan["visual_tokens"] < 16 and plan["prefill_flops_ratio"] < 1 for plan in report["plans"][1:])

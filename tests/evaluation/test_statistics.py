@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mmefficient.evaluation.statistics import Array, compare, resampled_sums
+from mmefficient.evaluation.statistics import Array, compare, mcnemar, resampled_sums
 
 
 def means(*plans: Array) -> Array:
@@ -109,3 +109,26 @@ def test_25_thousand_records_take_seconds() -> None:
     start = time.perf_counter()
     compare(table, names(25_000, repeat=3))
     assert time.perf_counter() - start < 30
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "kept", "p"),
+    [(0, 0, 5, 1.0), (5, 0, 0, 0.0625), (1, 5, 3, 0.21875), (3, 3, 1, 1.0), (2000, 2000, 0, 1.0)],
+)
+def test_mcnemar_is_the_exact_binomial_test(lost: int, gained: int, kept: int, p: float) -> None:
+    before = np.array([True] * lost + [False] * gained + [True] * kept)
+    after = np.array([False] * lost + [True] * gained + [True] * kept)
+    assert mcnemar(before, after) == (lost, gained, pytest.approx(p))
+    if lost + gained:
+        assert stats.binomtest(lost, lost + gained).pvalue == pytest.approx(p)
+
+
+def test_a_contrast_is_with_the_mean_of_others() -> None:
+    rng = np.random.default_rng(0)
+    table = np.ones((40, 4, 1, 1, 2))
+    table[..., 0] = rng.integers(0, 2, size=(40, 4, 1, 1))
+    means = table[..., 0].mean(0)[:, 0, 0]
+    names = [str(i) for i in range(40)]
+    value, low, high = compare(table, names, [(0, [1, 2, 3])], resamples=200)[1][0, 0]
+    assert value == pytest.approx(means[0] - means[1:].mean())
+    assert low < value < high

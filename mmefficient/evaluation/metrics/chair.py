@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 from mmefficient.evaluation.metrics.text import drop_unfinished, repeats_ngram, words
 from mmefficient.evaluation.task import Output, Ratio, Record, Scorer, ratio
@@ -33,7 +34,15 @@ class Lexicon:
         return found
 
 
-def chair(lexicon: Lexicon) -> Scorer:
+class Mentions(Protocol):
+    """Whatever finds object classes in text."""
+
+    def mentions(self, text: str) -> list[str]:
+        """Class names in order of mention, with repeats."""
+        ...
+
+
+def chair(lexicon: Mentions) -> Scorer:
     """A scorer of captions against `record.truth`, the names of the object classes in the picture.
 
     chair_s: captions with at least one hallucinated mention / captions; chair_i: hallucinated mentions / mentions;
@@ -53,8 +62,8 @@ def chair(lexicon: Lexicon) -> Scorer:
             recalled.append(len(truth.intersection(found)))
             present.append(len(truth))
         return {
-            "chair_s": ratio([count > 0 for count in wrong]),
-            "chair_i": ratio(wrong, mentioned),
+            "chair_s": ratio([count > 0 for count in wrong], better="lower"),
+            "chair_i": ratio(wrong, mentioned, better="lower"),
             "recall": ratio(recalled, present),
             "length": ratio([len(words(output.text)) for output in outputs], unit="words"),
             "repeated_8gram": ratio([repeats_ngram(output.text) for output in outputs]),

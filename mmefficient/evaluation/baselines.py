@@ -1,0 +1,31 @@
+"""The baselines that every plan is measured against, at the plan's own budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mmefficient.evaluation.answers import Answer
+from mmefficient.plan import Plan
+
+RANDOM_SEEDS = (0, 1, 2)
+
+
+def budget(answer: Answer) -> float:
+    """The share of visual tokens that a plan keeps, mean over decoder layers.
+
+    It is defined for every plan, whatever its fields: a method that acts at the input has its `keep`, one that acts in
+    layer k or that lets all tokens leave is charged for the layers before. So baselines get the same number of
+    (token, layer) pairs, which is what prefill FLOPs follow, and act at the input themselves.
+    """
+    return round(answer.visual_tokens / answer.visual_total, 4) if answer.visual_total else 1.0
+
+
+def matched(share: float) -> Mapping[str, tuple[Plan, ...]]:
+    """By name the baselines that keep `share`; none for a plan that keeps everything or nothing."""
+    if not 0 < share < 1:
+        return {}
+    return {
+        "random": tuple(Plan(f"random(keep={share},seed={seed})") for seed in RANDOM_SEEDS),
+        "grid": (Plan(f"grid(keep={share})"),),
+        "pool": (Plan(f"pool(keep={share})"),),
+    }

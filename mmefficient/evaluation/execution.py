@@ -1,0 +1,115 @@
+"""Asks the questions under every plan: what an earlier run answered is read, the rest is divided over the processes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mmefficient.errors import MMEfficientError
+from mmefficient.evaluation.answers import AnswerLog
+from mmefficient.evaluation.baselines import budget, matched
+from mmefficient.evaluation.generation import Asker, batches
+from mmefficient.evaluation.processes import Processes
+from mmefficient.evaluation.report import PlanRun
+from mmefficient.evaluation.task import Record
+from mmefficient.plan import Plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan, its answers so far, and its budget; `rivals` are the plans it has to beat, by name of the baseline."""
+
+    plan: Plan
+    log: AnswerLog
+    share: float
+    rivals: dict[str, list[str]] = field(default_factory=dict)
+
+
+class Execution:
+    """One run of `records`; `identity` says what its answers depend on besides the plan. A context manager."""
+
+    def __init__(
+        self,
+        asker: Asker,
+        records: Sequence[Record],
+        identity: Mapping[str, Any],
+        folder: Path | None,
+        world: Processes,
+    ) -> None:
+        self.asker, self.records, self.identity, self.folder, self.world = asker, records, identity, folder, world
+        self.jobs: dict[str, Job] = {}
+        self.left_out: dict[str, str] = {}
+        """Baselines that this model cannot carry, and why."""
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Execution:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the answer files."""
+        self._stack.close()
+
+    def add(self, plan: Plan) -> Job:
+        """Opens a plan's answers; one that does not fit the model is refused now, by the first question."""
+        if str(plan) in self.jobs:
+            return self.jobs[str(plan)]
+        name = f"answers-{hashlib.sha256(str(plan).encode()).hexdigest()[:12]}"
+        header = {**self.identity, "plan": str(plan)}
+        ids = [record.id for record in self.records]
+        log = self._stack.enter_context(AnswerLog(self.folder, name, header, ids, self.world.rank))
+        log.share(self.world.gather(list(log.answers.values())))
+        first = log.answers.get(ids[0])
+        if first is None:
+            with self.asker.under(plan) as run:
+                first = self.asker.ask(self.records[:1], run)[0]
+        self.jobs[str(plan)] = Job(plan, log, budget(first))
+        return self.jobs[str(plan)]
+
+    def add_baselines(self, job: Job) -> None:
+        """Adds the baselines at a plan's budget; what the model cannot carry goes to `left_out`."""
+        for name, plans in matched(job.share).items():
+            try:
+                found = [str(self.add(plan).plan) for plan in plans]
+            except MMEfficientError as error:
+                self.left_out |= {str(plan): str(error) for plan in plans}
+                continue
+            if [method.name for method in job.plan.methods] != [name]:  # a baseline need not beat itself
+                job.rivals[name] = found
+
+    def run(self, size: int, check: int, progress: bool | None) -> list[PlanRun]:
+        """Answers, in batches of `size`, what the logs lack; asks `check` questions per plan again, one by one."""
+        whole = batches(self.records, size, self.asker.task)
+        todo = {}
+        for name, job in self.jobs.items():
+            lacking = [batch for batch in whole if any(record.id not in job.log.answers for record in batch)]
+            todo[name] = lacking[self.world.rank :: self.world.size]
+        done = sum(len(job.log.answers) for job in self.jobs.values())
+        ahead = sum(len(batch) for own in todo.values() for batch in own)
+        hidden = True if self.world.rank else None if progress is None else not progress
+        with tqdm(total=done + ahead, initial=done, unit="question", smoothing=0.05, disable=hidden) as bar:
+            return [self._run(job, todo[name], check, bar) for name, job in self.jobs.items()]
+
+    def _run(self, job: Job, todo: Sequence[Sequence[Record]], check: int, bar: tqdm[Any]) -> PlanRun:
+        bar.set_description(str(job.plan))
+        check = min(check, len(self.records))
+        checked = [self.records[i * len(self.records) // check] for i in range(check)]
+        own = checked[self.world.rank :: self.world.size]
+        alone = {}
+        if todo or own:
+            with self.asker.under(job.plan) as run:
+                for batch in todo:
+                    job.log.append(self.asker.ask(batch, run))
+                    bar.update(len(batch))
+                alone = {record.id: self.asker.ask([record], run)[0].text for record in own}
+        job.log.share(self.world.gather(list(job.log.answers.values())))
+        answers = [job.log.answers[record.id] for record in self.records]
+        changed = {answer.id for answer in answers if alone.get(answer.id, answer.text) != answer.text}
+        flips = set(self.world.gather(list(changed)))
+        ids = [record.id for record in checked if record.id in flips]
+        return PlanRun(str(job.plan), answers, len(checked), ids, job.share, job.rivals)
