@@ -9,6 +9,11 @@ from typing import Literal
 
 import torch
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Whether Triton's kernels run in its interpreter, on the CPU; Triton, too, looks once."""
+
+_FOUND = importlib.util.find_spec("triton") is not None
+
 Impl = Literal["auto", "triton", "reference"]
 
 log = logging.getLogger(__name__)
@@ -26,23 +31,21 @@ def uses_triton(impl: Impl, tensor: torch.Tensor) -> bool:
     if impl == "reference":
         return False
     reason = None
-    if importlib.util.find_spec("triton") is None:
+    if not _FOUND:
         reason = "triton is not installed"
-    elif not tensor.is_cuda and not interpreted():
+    elif not tensor.is_cuda and not INTERPRETED:
         reason = f"the tensors are on {tensor.device.type!r} and TRITON_INTERPRET=1 is not set"
     if reason is None:
         return True
     if impl == "triton":
         raise RuntimeError(f"impl='triton' cannot run: {reason}; use impl='reference' or 'auto'.")
-    log.debug("reference instead of the kernel: %s", reason)
+    if not torch.compiler.is_compiling():
+        log.debug("reference instead of the kernel: %s", reason)
     return False
-
-
-def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def processors(device: torch.device) -> int:
     """Multiprocessors to keep busy."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

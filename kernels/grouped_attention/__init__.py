@@ -23,6 +23,8 @@ __all__ = [
     "grouped_attention",
     "image_sees_question",
     "make_layout",
+    "masses",
+    "mix",
     "no_visual_self_attention",
     "pages_apart",
     "window",
@@ -43,12 +45,81 @@ def grouped_attention(
     lse: bool = False,
     impl: Impl = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """x"""
+    """Attention over the pairs of `layout`, forward and (for q, k, v, without partials) backward.
+
+    Logits s = scale * q.k become a * s + b * |s| + c, where the key's group has a map, plus the key's bias; pairs that do
+    not exist are -inf; the softmax and all sums run in float32. A row that sees nothing gives zeros.
+
+    Args:
+        q: [B, Hq, Nq, D], float16, bfloat16 or float32; k, v: [B, Hkv, Nk, D] with Hkv dividing Hq; any strides with
+            the last one 1. Nk >= Nq: rows stand for the keys that `layout` names.
+        layout: from `make_layout`, shared by all layers of a prompt.
+        bias: added to the logits, broadcastable to [B, Hq, Nk]. No gradient.
+        logit_map: (a, b, c) per head and key group, [3, B or 1, Hq, groups]. An additive bias per group is
+            a = 1, b = 0, c. No gradient.
+        head_gain: factor on the output, broadcastable to [B, Hq, Nq]. No gradient.
+        scale: None = D ** -0.5.
+        partials: return every key group's own softmax instead of one over all keys. With m_g its mass under the whole
+            softmax, softmax over g of the log-sum-exps, plain attention is the sum of m_g * out_g, and any other mix of
+            masses is a method (`mix`).
+        lse: also return the log-sum-exp.
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        out [B, Hq, Nq, D] in the dtype and memory order of q; with `lse` also the natural log-sum-exp [B, Hq, Nq],
+        float32 (-inf for a row that sees nothing). With `partials`: float32 [groups, B, Hq, Nq, D] and
+        [groups, B, Hq, Nq].
+
+    Raises:
+        ValueError: shapes that do not fit each other, or a gradient that does not exist.
+        RuntimeError: impl="triton" where it cannot run.
+    """
+    _check(q, k, v, layout, bias, logit_map, head_gain, partials)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if uses_triton(impl, q):
-        from mmefficient.kernels.grouped_attention.kernel import grouped_attention as run
+        from mmefficient.kernels.grouped_attention.op import grouped_op, pack
 
-        out, found = run(q, k, v, layout, bias, logit_map, head_gain, scale, partials, lse or partials)
+        keep = lse or partials or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        out, found = grouped_op(q, k, v, *pack(layout), bias, logit_map, head_gain, scale, partials, keep)
     else:
         out, found = reference.grouped_attention(q, k, v, layout, bias, logit_map, head_gain, scale, partials)
     return (out, found) if lse or partials else out
+
+
+def mix(out: torch.Tensor, lse: torch.Tensor, mass: torch.Tensor | None = None) -> torch.Tensor:
+    """Partial results mixed by `mass`: the sum over groups of mass_g * out_g.
+
+    Args:
+        out: [groups, B, Hq, Nq, D]; lse: [groups, B, Hq, Nq].
+        mass: [groups, B, Hq, Nq]; None = the groups' own masses, which gives plain attention.
+    """
+    return ((masses(lse) if mass is None else mass)[..., None] * out).sum(0)
+
+
+def masses(lse: torch.Tensor) -> torch.Tensor:
+    """Share of the attention that each group has in every row, [groups, B, Hq, Nq]; zeros in a row that sees nothing."""
+    return lse.softmax(0).nan_to_num(0.0)
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    bias: torch.Tensor | None,
+    logit_map: torch.Tensor | None,
+    head_gain: torch.Tensor | None,
+    partials: bool,
+) -> None:
+    expected = (*layout.queries.shape, layout.role.shape[1])
+    given = (q.shape[0], q.shape[2], k.shape[2])
+    if given != expected:
+        raise ValueError(f"the layout is for (batch, rows, keys) = {expected}; q and k have {given}.")
+    if k.shape != v.shape or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit each other.")
+    if (partials or logit_map is not None) and layout.group is None:
+        raise ValueError("partial results and logit maps need a layout with key groups; give make_layout group=...")
+    if logit_map is not None and logit_map.shape[-1] != layout.groups:
+        raise ValueError(f"logit_map has {logit_map.shape[-1]} groups, the layout {layout.groups}.")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (bias, logit_map, head_gain)):
+        raise ValueError("bias, logit_map and head_gain have no gradient; detach them.")

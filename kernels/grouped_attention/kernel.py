@@ -14,7 +14,7 @@ import triton.language as tl
 from mmefficient.kernels.common import processors
 from mmefficient.kernels.grouped_attention.layout import Layout
 from mmefficient.kernels.grouped_attention.schedule import pair_arguments, pairs, query_facts
-from mmefficient.kernels.merge import merge_kernel
+from mmefficient.kernels.merge import merge
 
 MIN_BLOCKS_PER_PART = 4
 
@@ -83,9 +83,120 @@ def _step(
 
 
 @triton.jit
+def _soft_rows(
+    item, bh, b, bs, q, k, v, out, lse, part_out, part_lse, soft, blocks, counts, order, queries, rules,
+    role, page, row, col, segment, group, mask, bias, factors, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale,
+    batch, heads, rows, keys, padded, q_blocks, k_blocks, kinds,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
+    GROUPS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
+    LSE: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One query block over one part of its keys."""
+    base = b * keys
+    lse_at = bh.to(tl.int64) * rows
+    lse_g = batch * heads * rows
+    d = tl.arange(0, BLOCK_D)
+    g = item % (GROUPS * PARTS) // PARTS
+    part = item % PARTS
+    qb = tl.load(order + bs * q_blocks + item // (GROUPS * PARTS))
+    slot = qb * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.load(soft + bs * padded + slot)
+    used = n >= 0
+    own = tl.load(queries + b * rows + n, mask=used, other=-1)
+    x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=used[:, None] & (d < D)[None], other=0.0)
+    facts = query_facts(own, rules, role, page, row, col, segment, base, PLACES, SEGMENTS)
+    mask_base = b.to(tl.int64) * rows * keys
+    lines = kinds * batch * PATTERNS * q_blocks
+    line = (bs + (g + 1 if GROUPS > 1 else 0) * batch * PATTERNS) * q_blocks + qb
+    partial = tl.load(counts + line)
+    full = tl.load(counts + lines + line)
+    some_blocks = blocks + line.to(tl.int64) * k_blocks
+    all_blocks = some_blocks + lines * k_blocks
+    first = part * (partial + full) // PARTS
+    stop = (part + 1) * (partial + full) // PARTS
+    start = tl.load(all_blocks, mask=full > 0, other=0)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for i in range(first, tl.minimum(stop, full)):
+        if CONTIGUOUS:
+            kb = start + i
+        else:
+            kb = tl.load(all_blocks + i)
+        top, total, acc = _step(
+            x, top, total, acc, facts, own, n, kb, k, v, k_n, v_n, rules, role, page, row, col, segment,
+            group + base, mask, base, mask_base, keys, factors, bias, scale, g, D, BLOCK_D, BLOCK_N, GROUPS, MAP,
+            BIAS, PLACES, SEGMENTS, MASKED, False, PRECISION,
+        )  # fmt: skip
+    for i in range(tl.maximum(first - full, 0), tl.maximum(stop - full, 0)):
+        kb = tl.load(some_blocks + i)
+        top, total, acc = _step(
+            x, top, total, acc, facts, own, n, kb, k, v, k_n, v_n, rules, role, page, row, col, segment,
+            group + base, mask, base, mask_base, keys, factors, bias, scale, g, D, BLOCK_D, BLOCK_N, GROUPS, MAP,
+            BIAS, PLACES, SEGMENTS, MASKED, True, PRECISION,
+        )  # fmt: skip
+    factor = 1.0 / tl.where(total == 0, 1.0, total)
+    if GAIN:
+        factor *= tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)
+    acc = acc * factor[:, None]
+    level = tl.where(total == 0, float("-inf"), top + tl.log2(total))
+    if PARTS > 1:
+        spot = ((g * PARTS + part) * batch * heads + bh).to(tl.int64) * (q_blocks * BLOCK_M) + slot
+        tl.store(part_lse + spot, level)
+        tl.store(part_out + spot[:, None] * D + d[None], acc, mask=(d < D)[None])
+    else:
+        at = out + g.to(tl.int64) * o_g + n[:, None].to(tl.int64) * o_n + d[None]
+        tl.store(at, acc.to(out.dtype.element_ty), mask=used[:, None] & (d < D)[None])
+        if LSE:
+            tl.store(lse + g * lse_g + lse_at + n, level * 0.6931471805599453, mask=used)
+
+
+@triton.jit
+def _rest_rows(
+    item, bh, b, bs, q, k, v, out, lse, rest, source, group, bias, factors, gain,
+    q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr, MAP: tl.constexpr,
+    BIAS: tl.constexpr, GAIN: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """A block of rows that see themselves alone, or nothing."""
+    base = b * keys
+    lse_at = bh.to(tl.int64) * rows
+    lse_g = batch * heads * rows
+    d = tl.arange(0, BLOCK_D)
+    slot = item * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.load(rest + bs * padded + slot)
+    used = n >= 0
+    own = tl.load(source + bs * padded + slot)
+    sees = own >= 0
+    inside = sees[:, None] & (d < D)[None]
+    value = tl.load(v + own[:, None].to(tl.int64) * v_n + d[None], mask=inside, other=0.0)
+    if GAIN:
+        value = value.to(tl.float32) * tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)[:, None]
+    level = tl.zeros([BLOCK_M], tl.float32)
+    of = tl.load(group + base + own, mask=sees, other=-1)
+    if LSE:
+        x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(k + own[:, None].to(tl.int64) * k_n + d[None], mask=inside, other=0.0).to(tl.float32)
+        level = mapped(tl.sum(x * y, 1)[None], factors, bias, tl.maximum(of, 0), own, sees, scale, MAP, BIAS)
+        level = tl.where(sees, tl.reshape(level, [BLOCK_M]) * 0.6931471805599453, float("-inf"))
+    at = out + n[:, None].to(tl.int64) * o_n + d[None]
+    for g in tl.static_range(GROUPS):
+        mine = value
+        if GROUPS > 1:
+            mine = tl.where((of == g)[:, None], value, 0.0)
+        tl.store(at + g * o_g, mine.to(out.dtype.element_ty), mask=used[:, None] & (d < D)[None])
+        if LSE:
+            here = level
+            if GROUPS > 1:
+                here = tl.where(of == g, level, float("-inf"))
+            tl.store(lse + g * lse_g + lse_at + n, here, mask=used)
+
+
+@triton.jit
 def _forward(
     q, k, v, out, lse, part_out, part_lse,
-    soft, rest, blocks, counts, order, queries, rules, head_pattern,
+    soft, rest, source, blocks, counts, order, queries, rules, head_pattern,
     role, page, row, col, segment, group, mask, bias, factors, gain,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_g, o_b, o_h, o_n, bias_b, bias_h, gain_b, gain_h, gain_n, scale,
     batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, rest_blocks, kinds,
@@ -106,7 +217,6 @@ def _forward(
         which = tl.load(head_pattern + h)
         bs += which
         rules += which * 6
-    d = tl.arange(0, BLOCK_D)
     q += b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
     k += b.to(tl.int64) * k_b + (h // REPEAT).to(tl.int64) * k_h
     v += b.to(tl.int64) * v_b + (h // REPEAT).to(tl.int64) * v_h
@@ -114,93 +224,20 @@ def _forward(
     gain += b.to(tl.int64) * gain_b + h.to(tl.int64) * gain_h
     bias += b.to(tl.int64) * bias_b + h.to(tl.int64) * bias_h
     factors += bh * 12
-    base = b * keys
-    lse_at = bh.to(tl.int64) * rows
-    lse_g = (batch * heads).to(tl.int64) * rows
-
     if item < soft_items:
-        g = item % (GROUPS * PARTS) // PARTS
-        part = item % PARTS
-        qb = tl.load(order + bs * q_blocks + item // (GROUPS * PARTS))
-        slot = qb * BLOCK_M + tl.arange(0, BLOCK_M)
-        n = tl.load(soft + bs * padded + slot)
-        used = n >= 0
-        own = tl.load(queries + b * rows + n, mask=used, other=-1)
-        x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=used[:, None] & (d < D)[None], other=0.0)
-        facts = query_facts(own, rules, role, page, row, col, segment, base, PLACES, SEGMENTS)
-        mask_base = b.to(tl.int64) * rows * keys
-        lines = kinds * batch * PATTERNS * q_blocks
-        line = (bs + (g + 1 if GROUPS > 1 else 0) * batch * PATTERNS) * q_blocks + qb
-        partial = tl.load(counts + line)
-        full = tl.load(counts + lines + line)
-        some_blocks = blocks + line.to(tl.int64) * k_blocks
-        all_blocks = some_blocks + lines.to(tl.int64) * k_blocks
-        first = part * (partial + full) // PARTS
-        stop = (part + 1) * (partial + full) // PARTS
-        start = tl.load(all_blocks, mask=full > 0, other=0)
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for i in range(first, tl.minimum(stop, full)):
-            if CONTIGUOUS:
-                kb = start + i
-            else:
-                kb = tl.load(all_blocks + i)
-            top, total, acc = _step(
-                x, top, total, acc, facts, own, n, kb, k, v, k_n, v_n, rules, role, page, row, col, segment,
-                group + base, mask, base, mask_base, keys, factors, bias, scale, g, D, BLOCK_D, BLOCK_N, GROUPS, MAP,
-                BIAS, PLACES, SEGMENTS, MASKED, False, PRECISION,
-            )  # fmt: skip
-        for i in range(tl.maximum(first - full, 0), tl.maximum(stop - full, 0)):
-            kb = tl.load(some_blocks + i)
-            top, total, acc = _step(
-                x, top, total, acc, facts, own, n, kb, k, v, k_n, v_n, rules, role, page, row, col, segment,
-                group + base, mask, base, mask_base, keys, factors, bias, scale, g, D, BLOCK_D, BLOCK_N, GROUPS, MAP,
-                BIAS, PLACES, SEGMENTS, MASKED, True, PRECISION,
-            )  # fmt: skip
-        factor = 1.0 / tl.where(total == 0, 1.0, total)
-        if GAIN:
-            factor *= tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)
-        acc = acc * factor[:, None]
-        level = tl.where(total == 0, float("-inf"), top + tl.log2(total))
-        if PARTS > 1:
-            spot = ((g * PARTS + part) * batch * heads + bh).to(tl.int64) * (q_blocks * BLOCK_M) + slot
-            tl.store(part_lse + spot, level)
-            tl.store(part_out + spot[:, None] * D + d[None], acc, mask=(d < D)[None])
-        else:
-            at = out + g.to(tl.int64) * o_g + n[:, None].to(tl.int64) * o_n + d[None]
-            tl.store(at, acc.to(out.dtype.element_ty), mask=used[:, None] & (d < D)[None])
-            if LSE:
-                tl.store(lse + g * lse_g + lse_at + n, level * 0.6931471805599453, mask=used)
+        _soft_rows(
+            item, bh, b, bs, q, k, v, out, lse, part_out, part_lse, soft, blocks, counts, order,
+            queries, rules, role, page, row, col, segment, group, mask, bias, factors, gain, q_n,
+            k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks,
+            kinds, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS, GROUPS, PARTS, MAP, BIAS, GAIN, LSE,
+            CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
+        )  # fmt: skip
     else:
-        slot = (item - soft_items) * BLOCK_M + tl.arange(0, BLOCK_M)
-        n = tl.load(rest + bs * padded + slot)
-        used = n >= 0
-        own = tl.load(queries + b * rows + n, mask=used, other=-1)
-        rule = tl.load(rules + tl.load(role + base + own, mask=own >= 0, other=0))
-        sees = (own >= 0) & ((rule & 0xFF) != 0)
-        inside = sees[:, None] & (d < D)[None]
-        value = tl.load(v + own[:, None].to(tl.int64) * v_n + d[None], mask=inside, other=0.0)
-        if GAIN:
-            value = value.to(tl.float32) * tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)[:, None]
-        level = tl.zeros([BLOCK_M], tl.float32)
-        of = tl.load(group + base + own, mask=sees, other=-1)
-        if LSE:
-            x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=inside, other=0.0).to(tl.float32)
-            y = tl.load(k + own[:, None].to(tl.int64) * k_n + d[None], mask=inside, other=0.0).to(tl.float32)
-            level = mapped(tl.sum(x * y, 1)[None], factors, bias, tl.maximum(of, 0), own, sees, scale, MAP, BIAS)
-            level = tl.where(sees, tl.reshape(level, [BLOCK_M]) * 0.6931471805599453, float("-inf"))
-        at = out + n[:, None].to(tl.int64) * o_n + d[None]
-        for g in tl.static_range(GROUPS):
-            mine = value
-            if GROUPS > 1:
-                mine = tl.where((of == g)[:, None], value, 0.0)
-            tl.store(at + g * o_g, mine.to(out.dtype.element_ty), mask=used[:, None] & (d < D)[None])
-            if LSE:
-                here = level
-                if GROUPS > 1:
-                    here = tl.where(of == g, level, float("-inf"))
-                tl.store(lse + g * lse_g + lse_at + n, here, mask=used)
+        _rest_rows(
+            item - soft_items, bh, b, bs, q, k, v, out, lse, rest, source, group, bias, factors, gain,
+            q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, D, BLOCK_D,
+            BLOCK_M, GROUPS, MAP, BIAS, GAIN, LSE,
+        )  # fmt: skip
 
 
 def tuning(layout: Layout, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
@@ -243,7 +280,7 @@ def grouped_attention(
         out = torch.empty(groups, *q.shape, dtype=torch.float32, device=q.device)
     else:
         out = torch.empty_like(q)
-    found = torch.empty(groups if lse else 0, batch, heads, rows, dtype=torch.float32, device=q.device)
+    found = torch.empty(groups, batch if lse else 0, heads, rows, dtype=torch.float32, device=q.device)
     programs = made.soft_blocks * batch * heads * groups
     parts = override.pop("PARTS", 0) or parts_for(layout, programs, q.device)
     slots = made.soft.shape[-1]
@@ -262,7 +299,7 @@ def grouped_attention(
     head_pattern = spare if layout.head_pattern is None else layout.head_pattern
     _forward[(items * batch * heads,)](
         q, k, v, out, found, part_out, part_lse,
-        made.soft, made.rest, made.blocks, made.counts, made.order, layout.queries, layout.rules, head_pattern,
+        made.soft, made.rest, made.source, made.blocks, made.counts, made.order, layout.queries, layout.rules, head_pattern,
         **pair_arguments(layout), bias=bias_row, factors=factors, gain=gain,
         q_b=q.stride(0), q_h=q.stride(1), q_n=q.stride(2),
         k_b=k.stride(0), k_h=k.stride(1), k_n=k.stride(2),
@@ -274,20 +311,15 @@ def grouped_attention(
         q_blocks=made.order.shape[-1], k_blocks=made.state.shape[-1],
         soft_blocks=made.soft_blocks, rest_blocks=made.rest_blocks, kinds=made.state.shape[0],
         REPEAT=heads // k.shape[1], D=dim, BLOCK_D=block_d, BLOCK_M=made.block_m, BLOCK_N=made.block_n,
-        PATTERNS=len(layout.patterns), GROUPS=groups, PARTS=parts, MAP=logit_map is not None, BIAS=bias is not None,
+        PATTERNS=len(layout.rules), GROUPS=groups, PARTS=parts, MAP=logit_map is not None, BIAS=bias is not None,
         GAIN=head_gain is not None, LSE=lse, CONTIGUOUS=made.contiguous,
         PLACES=layout.page is not None, SEGMENTS=layout.segment is not None, MASKED=layout.mask is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **settings,
     )  # fmt: skip
     if parts > 1:
-        step = 16
         used = made.soft_blocks * made.block_m
-        merge_kernel[(triton.cdiv(used, step), groups * batch * heads)](
-            part_out, part_lse, out, found, made.soft, head_pattern, slots,
-            out.stride(-4), out.stride(-3), out.stride(-2), out.stride(0) if partials else 0, rows, slots, heads,
-            batch, len(layout.patterns), PARTS=parts, D=dim, BLOCK_D=block_d, BLOCK_R=step, MAPPED=True, HAS_LSE=lse,
-        )  # fmt: skip
-    return out, (found if partials else found.squeeze(0))
+        merge(part_out, part_lse, out, found if lse else None, parts, used, made.soft, layout.head_pattern)
+    return out, found if partials else found[0]
 
 
 def _factors(logit_map: torch.Tensor, batch: int, heads: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ class Schedule:
     Attributes:
         block_m, block_n: rows of a query block, keys of a key block.
         soft, rest: int32 [B, S, Q * block_m], query rows of either kind; -1 = none.
+        source: int32 like `rest`, the one key such a row sees; -1 = it sees nothing.
         state: int8 [P, B, S, Q, K]: 0 = no pair exists, 1 = some do, 2 = all. Index 0 of P stands for all groups.
         blocks: int32 [2, P, B, S, Q, K]: the partial (0) and the full (1) key blocks of each query block.
         counts: int32 [2, P, B, S, Q].
@@ -36,6 +37,7 @@ class Schedule:
     block_n: int
     soft: torch.Tensor
     rest: torch.Tensor
+    source: torch.Tensor
     state: torch.Tensor
     blocks: torch.Tensor
     counts: torch.Tensor
@@ -51,8 +53,7 @@ class Layout:
     """Which pairs exist in a prompt of B rows; made by `make_layout`. All tensors int32 on one device.
 
     Attributes:
-        patterns: one or two patterns.
-        rules: [patterns, 6], see `Pattern.rules`.
+        rules: [patterns, 6], one or two patterns, see `Pattern.rules`.
         role, page, row, col, segment, group: [B, Nk], facts about the keys; unused ones are None.
         queries: [B, Nq], the key that belongs to each query row; -1 = padding.
         head_pattern: [Hq], which pattern each head has; None with one pattern.
@@ -61,7 +62,6 @@ class Layout:
         schedule: what the kernels do; None where only the reference runs.
     """
 
-    patterns: tuple[Pattern, ...]
     rules: torch.Tensor
     role: torch.Tensor
     page: torch.Tensor | None
@@ -173,7 +173,6 @@ def make_layout(
         return values.int().contiguous() if values is not None and wanted else None
 
     layout = Layout(
-        patterns=patterns,
         rules=table(patterns, role.device),
         role=role.int().contiguous(),
         page=fact(page, places),

@@ -71,7 +71,10 @@ def pairs(
 
 
 @triton.jit
-def _sort_rows(role, queries, rules, soft, rest, needs, keys, rows, padded, patterns, SIMPLE: tl.constexpr, STEP: tl.constexpr):
+def _sort_rows(
+    role, queries, rules, soft, rest, source, needs, keys, rows, padded, patterns,
+    SIMPLE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Split the query rows of one row of the batch into those that need a softmax and the others, order kept."""
     b = tl.program_id(0)
     s = tl.program_id(1)
@@ -83,13 +86,16 @@ def _sort_rows(role, queries, rules, soft, rest, needs, keys, rows, padded, patt
         inside = n < rows
         own = tl.load(queries + b * rows + n, mask=inside, other=-1)
         which = tl.load(role + b * keys + own, mask=own >= 0, other=0)
+        rule = tl.load(rules + s * 6 + which)
         solo = (own < 0) | (which == 0)
         if SIMPLE:
-            solo = solo | (((tl.load(rules + s * 6 + which) >> 24) & 1) != 0)
+            solo = solo | ((rule >> 24) != 0)
         is_soft = (inside & ~solo).to(tl.int32)
         is_rest = (inside & solo).to(tl.int32)
         tl.store(soft + out + n_soft + tl.cumsum(is_soft, 0) - 1, n, mask=is_soft != 0)
-        tl.store(rest + out + n_rest + tl.cumsum(is_rest, 0) - 1, n, mask=is_rest != 0)
+        spot = out + n_rest + tl.cumsum(is_rest, 0) - 1
+        tl.store(rest + spot, n, mask=is_rest != 0)
+        tl.store(source + spot, tl.where((which > 0) & ((rule & 0xFF) != 0), own, -1), mask=is_rest != 0)
         n_soft += tl.sum(is_soft, 0)
         n_rest += tl.sum(is_rest, 0)
     tl.atomic_max(needs, n_soft)
@@ -157,7 +163,9 @@ def _classify(
 
 
 @triton.jit
-def _list_blocks(state, blocks, counts, needs, across, outer, inner, stride_out, stride_in, half, half_counts, STEP: tl.constexpr):
+def _list_blocks(
+    state, blocks, counts, needs, across, outer, inner, stride_out, stride_in, half, half_counts, STEP: tl.constexpr
+):
     """Collect the partial and the full blocks along one line of `state`."""
     line = tl.program_id(0)
     at = state + (line // outer) * (outer * inner) + (line % outer) * stride_out
@@ -179,7 +187,9 @@ def _list_blocks(state, blocks, counts, needs, across, outer, inner, stride_out,
             tl.atomic_max(needs + 4, ((found > 0) & (last - first + 1 != found)).to(tl.int32))
 
 
-def list_blocks(state: torch.Tensor, needs: torch.Tensor, transposed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def list_blocks(
+    state: torch.Tensor, needs: torch.Tensor, transposed: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists of the partial and the full blocks along the last axis of `state` (or the one before), and their counts."""
     outer, inner = state.shape[-2:]
     strides = (inner, 1)
@@ -206,16 +216,16 @@ def pair_arguments(layout: Layout) -> dict[str, torch.Tensor]:
 def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
     """The layout with its `Schedule` for blocks of `block_m` rows by `block_n` keys."""
     batch, rows = layout.queries.shape
-    keys, patterns, device = layout.role.shape[1], len(layout.patterns), layout.role.device
+    keys, patterns, device = layout.role.shape[1], len(layout.rules), layout.role.device
     q_blocks, k_blocks = triton.cdiv(rows, block_m), triton.cdiv(keys, block_n)
     padded = q_blocks * block_m
-    split = torch.full((2, batch, patterns, padded), -1, dtype=torch.int32, device=device)
-    soft, rest = split
+    split = torch.full((3, batch, patterns, padded), -1, dtype=torch.int32, device=device)
+    soft, rest, source = split
     needs = torch.zeros(5, dtype=torch.int32, device=device)
     step = min(1024, triton.next_power_of_2(rows))
     facts = pair_arguments(layout)
     _sort_rows[(batch, patterns)](
-        layout.role, layout.queries, layout.rules, soft, rest, needs, keys, rows, padded, patterns,
+        layout.role, layout.queries, layout.rules, soft, rest, source, needs, keys, rows, padded, patterns,
         SIMPLE=layout.mask is None, STEP=step,
     )  # fmt: skip
     kinds = 1 if layout.groups == 1 else 1 + layout.groups
@@ -224,7 +234,7 @@ def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
         soft, state, layout.queries, layout.rules, **facts, keys=keys, rows=rows, padded=padded, batch=batch,
         patterns=patterns, q_blocks=q_blocks, k_blocks=k_blocks, GROUPS=kinds,
         PLACES=layout.page is not None, SEGMENTS=layout.segment is not None, MASKED=layout.mask is not None,
-        BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
     )  # fmt: skip
     blocks, counts = list_blocks(state, needs)
     order = counts[:, 0].sum(0).argsort(-1, descending=True).int()
@@ -234,6 +244,7 @@ def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
         block_n=block_n,
         soft=soft,
         rest=rest,
+        source=source,
         state=state,
         blocks=blocks,
         counts=counts,

@@ -1,0 +1,138 @@
+"""`decode_attention` in Triton: split-K, lengths read on the device, no value of them on the host.
+
+The query heads that share a key head are the rows of one program. A key group adds no pass: with partial results every
+row stands there once per group and sees its group alone, and a program has at least 16 rows to fill anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mmefficient.kernels.common import processors
+from mmefficient.kernels.merge import merge
+
+
+@triton.jit
+def _decode(
+    q, k, v, part_out, part_lse, lengths, starts, group, bias, factors, gain,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, group_b, bias_b, bias_h, gain_b, gain_h, gain_n, scale, batch, kv_heads,
+    REPEAT: tl.constexpr, NEW: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, STARTS: tl.constexpr,
+    MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    b = tl.program_id(1) // kv_heads
+    kv = tl.program_id(1) % kv_heads
+    r = tl.arange(0, BLOCK_M)
+    used = r < REPEAT * NEW * GROUPS
+    g = r // (REPEAT * NEW)
+    new = r // REPEAT % NEW
+    h = kv * REPEAT + r % REPEAT
+    d = tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    in_d = d < D
+    length = tl.load(lengths + b).to(tl.int32)
+    start = length * 0
+    if STARTS:
+        start += tl.load(starts + b).to(tl.int32)
+    each = tl.cdiv(tl.cdiv(tl.maximum(length - start, 0), PARTS), BLOCK_N) * BLOCK_N
+    first = start + part * each
+    stop = tl.minimum(first + each, length)
+    heads = kv_heads * REPEAT
+    at_q = q + b.to(tl.int64) * q_b + (h * q_h + new * q_n)[:, None].to(tl.int64) + d[None]
+    x = tl.load(at_q, mask=used[:, None] & in_d[None], other=0.0)
+    k += b.to(tl.int64) * k_b + kv.to(tl.int64) * k_h
+    v += b.to(tl.int64) * v_b + kv.to(tl.int64) * v_h
+    last = length - NEW + new
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for at in range(first, stop, BLOCK_N):
+        key = at + n
+        real = key < stop
+        y = tl.load(k + key[None].to(tl.int64) * k_n + d[:, None], mask=real[None] & in_d[:, None], other=0.0)
+        z = tl.load(v + key[:, None].to(tl.int64) * v_n + d[None], mask=real[:, None] & in_d[None], other=0.0)
+        s = tl.dot(x, y, input_precision=PRECISION) * scale
+        ok = (key[None] <= last[:, None]) & real[None]
+        if MAP or GROUPS > 1:
+            of = tl.load(group + b.to(tl.int64) * group_b + key, mask=real, other=0).to(tl.int32)
+            if GROUPS > 1:
+                ok = ok & (of[None] == g[:, None])
+            if MAP:
+                factor = factors + ((b * heads + h) * 12)[:, None] + of[None]
+                s = tl.load(factor) * s + tl.load(factor + 4) * tl.abs(s) + tl.load(factor + 8)
+        if BIAS:
+            at_bias = bias + b.to(tl.int64) * bias_b + h[:, None].to(tl.int64) * bias_h + key[None]
+            s += tl.load(at_bias, mask=used[:, None] & real[None], other=0.0).to(tl.float32)
+        s = tl.where(ok, s * 1.4426950408889634, float("-inf"))
+        best = tl.maximum(top, tl.max(s, 1))
+        safe = tl.where(best == float("-inf"), 0.0, best)
+        weight = tl.exp2(s - safe[:, None])
+        fade = tl.exp2(top - safe)
+        total = total * fade + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(z.dtype), z, acc * fade[:, None], input_precision=PRECISION)
+        top = best
+    factor = 1.0 / tl.where(total == 0, 1.0, total)
+    if GAIN:
+        at_gain = gain + b.to(tl.int64) * gain_b + h.to(tl.int64) * gain_h + new * gain_n
+        factor *= tl.load(at_gain, mask=used, other=0.0).to(tl.float32)
+    acc = acc * factor[:, None]
+    level = tl.where(total == 0, float("-inf"), top + tl.log2(total))
+    spot = (((g * PARTS + part) * batch + b) * heads + h).to(tl.int64) * NEW + new
+    tl.store(part_lse + spot, level, mask=used)
+    tl.store(part_out + spot[:, None] * D + d[None], acc, mask=used[:, None] & in_d[None])
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor | None,
+    group: torch.Tensor | None,
+    groups: int,
+    bias: torch.Tensor | None,
+    logit_map: torch.Tensor | None,
+    head_gain: torch.Tensor | None,
+    scale: float,
+    **override: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the public function. `override`: PARTS, BLOCK_N, num_warps, num_stages in place of the defaults."""
+    batch, heads, new, dim = q.shape
+    kv_heads, room = k.shape[1:3]
+    repeat, copies = heads // kv_heads, max(groups, 1)
+    narrow = q.dtype == torch.float32 or dim > 128
+    settings = {"BLOCK_N": 32 if narrow else 64, "num_warps": 4, "num_stages": 2 if narrow else 3} | override
+    enough = triton.cdiv(4 * processors(q.device), batch * kv_heads)
+    parts = settings.pop("PARTS", 0) or max(1, min(enough, triton.cdiv(room, settings["BLOCK_N"]), 64))
+    shape = (copies * parts, batch, heads, new)
+    part_out = torch.empty(*shape, dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    gain = lengths if head_gain is None else head_gain.expand(batch, heads, new)
+    gain_strides = (0, 0, 0) if head_gain is None else gain.stride()
+    bias_row = lengths if bias is None else bias.expand(batch, heads, room)
+    bias_strides = (0, 0) if bias is None else bias_row.stride()[:2]
+    factors = lengths
+    if logit_map is not None:
+        wide = logit_map.float().expand(3, batch, heads, -1).permute(1, 2, 0, 3)
+        factors = torch.nn.functional.pad(wide, (0, 4 - wide.shape[-1])).contiguous()
+    block_d = max(16, triton.next_power_of_2(dim))
+    _decode[(parts, batch * kv_heads)](
+        q, k, v, part_out, part_lse, lengths, lengths if starts is None else starts,
+        lengths if group is None else group, bias_row, factors, gain,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if group is None else group.stride(0),
+        *bias_strides, *gain_strides, scale, batch, kv_heads,
+        REPEAT=repeat, NEW=new, GROUPS=copies, PARTS=parts, STARTS=starts is not None, MAP=logit_map is not None,
+        BIAS=bias is not None, GAIN=head_gain is not None, D=dim, BLOCK_D=block_d,
+        BLOCK_M=max(16, triton.next_power_of_2(repeat * new * copies)),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **settings,
+    )  # fmt: skip
+    if groups:
+        out = torch.empty(groups, *q.shape, dtype=torch.float32, device=q.device)
+    else:
+        out = torch.empty_like(q)
+    lse = torch.empty(copies, batch, heads, new, dtype=torch.float32, device=q.device)
+    merge(part_out, part_lse, out, lse, parts, new)
+    return out, (lse if groups else lse.squeeze(0))
