@@ -43,22 +43,28 @@ class PrunedStaticLayer(StaticLayer):
         return self.max_cache_len + self.dropped
 
 
-def shrink_layer(cache: Cache, index: int, dropped: int) -> None:
+PRUNED = (PrunedLayer, PrunedStaticLayer)
+
+
+def fit_layer(cache: Cache, index: int, dropped: int) -> None:
     """Make the still empty layer `index` store `dropped` rows fewer than it reports.
+
+    A layer that was pruned for an earlier prompt and emptied since is fitted anew, or used again if it fits.
 
     Raises:
         ModelError: the cache is of a kind whose layers cannot be shortened (sliding, quantised, offloaded, ...).
     """
+    if not dropped and not (index < len(cache.layers) and isinstance(cache.layers[index], PRUNED)):
+        return
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
     if type(layer) in (DynamicLayer, PrunedLayer):
         cache.layers[index] = PrunedLayer(dropped)
     elif type(layer) in (StaticLayer, PrunedStaticLayer):
-        length = layer.get_max_length() - dropped
-        # a reused cache keeps its buffers: their addresses may be baked into a captured graph
+        # a layer that fits keeps its buffers: their addresses may be baked into a captured graph
         if not (isinstance(layer, PrunedStaticLayer) and layer.dropped == dropped):
-            cache.layers[index] = PrunedStaticLayer(length, dropped)
+            cache.layers[index] = PrunedStaticLayer(layer.get_max_length() - dropped, dropped)
     else:
         raise ModelError(
             f"a cache layer of type {type(layer).__name__} cannot hold fewer visual tokens; "

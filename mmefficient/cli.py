@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +32,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 
 def main() -> None:
     """Entry point: what a user can put right is one sentence on stderr and exit code 2."""
+    # OpenMP threads that wait busily make a CPU that is shared with anything else several times slower; read by torch
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(prog_name="mmefficient")
     except MMEfficientError as error:
@@ -80,7 +83,7 @@ def ask(
     if compare and not vlm.plan:
         raise InputError("--compare needs a --plan to compare with, such as 'fastv(layer=2,keep=0.25)'.")
     if compare:  # the first call pays for lazy initialisation, which would be held against whatever runs first
-        vlm.ask(picture, question, plan="none", max_new_tokens=1)
+        vlm.ask(picture, question, plan="none", max_new_tokens=2)
     plain = vlm.ask(picture, question, plan="none", max_new_tokens=max_new_tokens) if compare else None
     answer = vlm.ask(picture, question, max_new_tokens=max_new_tokens)
     if as_json:
@@ -92,6 +95,37 @@ def ask(
         from mmefficient.console import print_answers
 
         print_answers(answer, plain)
+
+
+@app.command(
+    epilog="Example:\n\nmmefficient show sample 'Is there a frog?' --plan 'fastv(layer=2,keep=0.25)' -o kept.png"
+)
+def show(
+    image: Annotated[str, typer.Argument(help="Path of a picture, or 'sample' for the bundled one.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    plan: Annotated[list[str], typer.Option(help="Methods to apply; repeat for one row of pictures per plan.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")],
+    model: Model = "reference",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
+) -> None:
+    """Draw which visual tokens a plan keeps: one picture per change, what has left is dimmed."""
+    from mmefficient.images import load_image
+
+    _quiet()
+    picture = load_image(_picture(image))
+    from mmefficient.draw import kept_tokens
+    from mmefficient.vlm import VLM
+
+    vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
+    answers = [vlm.ask(picture, question, plan=each, max_new_tokens=max_new_tokens) for each in plan]
+    drawn = kept_tokens(picture, [(answer.report, answer.text) for answer in answers])
+    try:
+        drawn.save(out, format="PNG")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error.strerror}); choose another path for --out.") from error
+    print(f"wrote {out}")
 
 
 @app.command(epilog="Examples:\n\nmmefficient methods\n\nmmefficient methods --json")
@@ -108,7 +142,7 @@ def methods(as_json: AsJson = False) -> None:
 
 @app.command(
     name="eval",
-    epilog="Examples:\n\nmmefficient eval --task scenes --plan 'fastv(layer=2,keep=0.25)' --limit 50\n\n"
+    epilog="Examples:\n\nmmefficient eval --task scenes --plan 'fastv(layer=2,keep=0.25)' --limit 120\n\n"
     "mmefficient eval --task scenes --plan 'random(keep=0.25,seed=0)' --plan 'grid(keep=0.25)' --out results/",
 )
 def evaluate(
@@ -117,7 +151,7 @@ def evaluate(
         list[str] | None, typer.Option(help="A plan to measure against no plan; repeat the option for more.")
     ] = None,
     model: Model = "reference",
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions per kind; all if not given.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions in all, spread over the kinds.")] = None,
     kind: Annotated[list[str] | None, typer.Option(help="Only this kind of question; repeat for more.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report.json, report.md and the answers so far.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per batch; 16 on a CPU, else 128.")] = None,

@@ -21,7 +21,7 @@ STAGE_LABELS = {"preprocess": "preprocess", "vision": "vision tower", "prefill":
 
 def print_answers(answer: Answer, plain: Answer | None = None) -> None:
     """The answer; if its plan is not empty, also what stayed and where the time went, beside `plain` if given."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     if plain is None and answer.report.plan == "none":
         console.print(escape(answer.text))
         return
@@ -45,8 +45,8 @@ def kept_sentence(report: Report) -> str:
         else:
             runs.append([layer, layer, kept])
     parts = [f"{n} in layer {first}" if first == last else f"{n} in layers {first}-{last}" for first, last, n in runs]
-    saved = 1 - report.prefill_flops / report.prefill_flops_without_plan
-    return f"{row.visual_total} visual tokens; {', '.join(parts)}; {saved:.0%} fewer prefill FLOPs"
+    share = report.prefill_flops / report.prefill_flops_without_plan
+    return f"{row.visual_total} visual tokens; {', '.join(parts)}; {share:.0%} of the prefill FLOPs"
 
 
 def _stage_table(columns: list[tuple[str, dict[str, float]]]) -> Table:
@@ -55,7 +55,7 @@ def _stage_table(columns: list[tuple[str, dict[str, float]]]) -> Table:
     for name, stages in columns:
         total = sum(stages.values())
         table.add_column(f"{escape(name)}\nms", justify="right", footer=f"{total:.1f}")
-        table.add_column("share", justify="right", footer="100 %")
+        table.add_column("share", justify="right", footer="100%")
     for stage, label in STAGE_LABELS.items():
         cells = [(f"{stages[stage]:.1f}", f"{shares(stages)[stage]:.0%}") for _, stages in columns]
         table.add_row(label, *(cell for pair in cells for cell in pair))

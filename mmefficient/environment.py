@@ -29,10 +29,11 @@ _PACKAGES = (
 def collect() -> dict[str, Any]:
     """Everything known about this installation and machine, as plain JSON types. Works without a model and a GPU.
 
-    Keys: ``mmefficient``, ``commit`` (of a checkout, with ``+changes`` if the tree differs; else None), ``python``,
-    ``platform``, ``packages`` (name to version or None), ``cpu`` (model, cores this process may use, torch threads,
-    memory in GiB), ``cuda`` (version torch was built for or None), ``driver`` (or None), ``gpus`` (name, memory in GiB,
-    compute capability) and ``problems`` (sentences; empty when nothing is wrong).
+    Keys: ``mmefficient``, ``commit`` (of a checkout, with ``+changes`` if the tree differs; else what the variable
+    MMEFFICIENT_COMMIT says, or None), ``python``, ``platform``, ``packages`` (name to version or None), ``cpu``
+    (model, cores this process may use, torch threads, memory in GiB), ``cuda`` (version torch was built for or None),
+    ``driver`` (or None), ``gpus`` (name, memory in GiB, compute capability) and ``problems`` (sentences; empty when
+    nothing is wrong).
     """
     import torch
 
@@ -65,7 +66,7 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():  # installed, not a checkout: a surrounding repository would be somebody else's
-        return None
+        return os.environ.get("MMEFFICIENT_COMMIT")
     head = _output("git", "-C", str(root), "rev-parse", "HEAD")
     changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     return f"{head}+changes" if head and changed else head

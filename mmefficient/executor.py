@@ -15,13 +15,14 @@ from torch import nn
 from transformers import DynamicCache
 
 from mmefficient.attention import KEY, scoring
-from mmefficient.cache import PrunedLayer, PrunedStaticLayer, shrink_layer, stored_rows
+from mmefficient.cache import fit_layer, stored_rows
+from mmefficient.call import Call
 from mmefficient.errors import InputError, ModelError, PlanError
-from mmefficient.masks import Segment, decode_mask, prefill_mask
+from mmefficient.masks import decode_mask, prefill_mask
 from mmefficient.points import Reducer
 from mmefficient.reduction import HostFacts, Prefill, PromptState, Rope
 from mmefficient.run import Run
-from mmefficient.tokens import build, images_of_rows
+from mmefficient.tokens import build
 from mmefficient.vision import Vision, Watcher
 
 if TYPE_CHECKING:
@@ -30,47 +31,6 @@ if TYPE_CHECKING:
 STATE = "_mmefficient_state"
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 Hooked = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class Call:
-    """One forward call of the model; travels as a keyword argument."""
-
-    def __init__(self, scored: frozenset[int], drafts: int) -> None:
-        self.scored = scored
-        self.state: PromptState | None = None
-        self.prefill: Prefill | None = None
-        self.kinds: dict[str, torch.Tensor] = {}
-        self.vision: dict[str, Vision] = {}
-        self.repeats: dict[str, int] = {}
-        self.new = False
-        self.drafts = drafts
-        self.memo: tuple[Any, Segment, torch.Tensor | None] | None = None
-
-    def receive(self, kind: str, vision: Vision) -> None:
-        """Take the images of the prompt; raises InputError when they do not fit the placeholders."""
-        self.vision[kind] = vision
-        placeholders = self.kinds[kind].sum(1).tolist()
-        images_of_rows(placeholders, [len(layout) for layout in vision.layouts], kind, self.repeats.get(kind, 1))
-
-    def mask(self, stock: Any, segment: Segment, make: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
-        """The mask that `make` makes; layers that hold the same segment share it."""
-        if self.memo is None or self.memo[0] is not stock or self.memo[1] is not segment:
-            self.memo = (stock, segment, make())
-        return self.memo[2]
-
-    def wants_scores(self, layer: int) -> bool:
-        """Whether the attention function should score the last prompt row in this layer."""
-        return self.prefill is not None and layer in self.scored
-
-    @property
-    def last(self) -> torch.Tensor | None:
-        """See `attention.last_row_scores`."""
-        return None if self.prefill is None else self.prefill.last
-
-    def set_scores(self, scores: torch.Tensor) -> None:
-        """Hand scores to the next layer's reducers."""
-        if self.prefill is not None:
-            self.prefill.scores = scores
 
 
 class Executor:
@@ -109,6 +69,10 @@ class Executor:
         if kinds != {"full_attention"}:
             raise ModelError(f"{name} has {', '.join(sorted(kinds))} layers; only full attention can drop tokens.")
         scoring(self.implementation)
+        if self.scored and (getattr(self.model, "tp_size", None) or 1) > 1:
+            raise ModelError(
+                "tensor-parallel ranks score their own heads and would keep different tokens; use one device."
+            )
 
     def attach(self) -> list[Callable[[], Any]]:
         """Put the plan on the model; returns the functions that take it off, to be called in reverse."""
@@ -117,13 +81,11 @@ class Executor:
         handles = [
             self.model.register_forward_pre_hook(self.on_model, with_kwargs=True),
             adapter.base.register_forward_pre_hook(self.on_base, with_kwargs=True),
-            adapter.base.register_forward_hook(self.after_base, always_call=True),
+            adapter.base.register_forward_hook(self.after_base, with_kwargs=True, always_call=True),
             adapter.decoder.register_forward_pre_hook(self.on_decoder, with_kwargs=True),
         ]
-        if self.reducers:
-            first = self.reducers[0].site
-            hooked = list(adapter.layers)[first:]
-            handles += [layer.register_forward_pre_hook(self.on_layer, with_kwargs=True) for layer in hooked]
+        # every layer, also with no methods: a cache may hold a prompt that another plan has read
+        handles += [layer.register_forward_pre_hook(self.on_layer, with_kwargs=True) for layer in adapter.layers]
         undo += [handle.remove for handle in handles]
         if self.scored:
             name = scoring(self.implementation)
@@ -154,7 +116,7 @@ class Executor:
             use_cache = kwargs.get("use_cache")
             if self.adapter.decoder.config.use_cache if use_cache is None else use_cache:
                 cache = kwargs["past_key_values"] = DynamicCache(config=self.adapter.decoder.config)
-        call = Call(self.scored, drafts)
+        call = Call(self.scored, drafts, strict=bool(self.reducers))
         call.state = getattr(cache, STATE, None)
         arriving = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
         empty = cache is None or ((arriving > 1 or call.state is None) and int(cache.get_seq_length()) == 0)
@@ -167,11 +129,14 @@ class Executor:
         if not empty and self.reducers and (pixels or any((kwargs.get("mm_encoder_outputs") or {}).values())):
             raise InputError("an image arrives on a cache already in use; start a new cache for a new image.")
         if call.new:
+            assert ids is not None
             on_host = ids.cpu()
             call.kinds = {kind: on_host == token for kind, token in self.adapter.placeholders.items()}
             self._open(call, kwargs)
         elif call.state is None:
             return args, kwargs  # continues a prompt that was read without the plan
+        elif arriving > 1:
+            self.run.add(call.state)  # a later turn may be the first thing this run sees of the prompt
         kwargs[KEY] = call
         return args, kwargs
 
@@ -191,10 +156,12 @@ class Executor:
             call.receive(kind, vision)
         self.watcher.expect(call.receive)
 
-    def after_base(self, module: nn.Module, args: Any, out: Any) -> None:
+    def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """The call is over, well or badly."""
-        self.watcher.settle()
-        self.watcher.take()
+        call: Call | None = kwargs.get(KEY)
+        if call is None or call.new:  # decoding steps encode nothing, and may be compiled
+            self.watcher.settle()
+            self.watcher.take()
 
     def on_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
         """Build the token map of a new prompt; move the positions of later tokens."""
@@ -235,30 +202,31 @@ class Executor:
         )
         seen = tokens.visual
         self.run.saw_images |= bool(seen.any())
-        if "image" in call.vision and call.vision["image"].tower is not None and bool((tokens.source[seen] < 0).any()):
-            raise ModelError("these images are resampled after the vision tower; tower methods cannot run on them.")
+        if self.watcher.tower is not None and bool((tokens.source[seen] < 0).any()):
+            raise ModelError(
+                "some visual tokens are resampled after the vision tower (videos and very large images are); "
+                "use a method that works inside the language model, such as fastv."
+            )
         facts = HostFacts.of(tokens, {reducer.scope for reducer in self.reducers}, call.drafts, embeds.device)
-        state = call.state = PromptState(tokens.to(embeds.device))
+        state = call.state = PromptState(self.run.plan, self.run.mode, tokens.to(embeds.device))
         cache = kwargs.get("past_key_values")
         if cache is not None:
             setattr(cache, STATE, state)
-            for index, layer in enumerate(cache.layers):  # a reused cache may have been pruned elsewhere
-                if isinstance(layer, (PrunedLayer, PrunedStaticLayer)) and layer.dropped:
-                    shrink_layer(cache, index, 0)
         tower = call.vision["image"].tower if "image" in call.vision else None
+        tower = tower and tower.to(embeds.device)
         call.prefill = Prefill(state, facts, tower, simulate=self.run.mode == "simulate")
         self.run.add(state)
 
-    def on_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
+    def on_layer(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
         """Let reducers act, and fit rope, positions, mask and cache to the rows the layer holds."""
         call: Call | None = kwargs.get(KEY)
         if call is None or call.state is None:
             return None
-        index: int = layer.self_attn.layer_idx  # type: ignore[union-attr, assignment]
+        index: int = layer.self_attn.layer_idx
         hidden, cache, mask = args[0], kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if call.prefill is None:
             held = call.state.segments.get(index)
-            if held is None:
+            if held is None or (mask is None and held.valid is None):
                 return None
             keys = stored_rows(cache, index, hidden.shape[1])
             new = call.mask(mask, held, lambda: decode_mask(mask, held, hidden.shape[1], keys, self.flash))
@@ -270,12 +238,12 @@ class Executor:
                 self.run.acted = True
                 hidden = prefill.reduce(reducer, index, hidden, self._project, self._rotary)
         segment = prefill.segment
+        if cache is not None:
+            fit_layer(cache, index, 0 if segment is None else segment.length - segment.slots)
         if segment is None:
             return None
         assert prefill.stored is not None
         call.state.segments[index] = prefill.stored
-        if cache is not None and segment.slots < segment.length:
-            shrink_layer(cache, index, segment.length - segment.slots)
         keys = stored_rows(cache, index, segment.slots)
         new = call.mask(mask, segment, lambda: prefill_mask(mask, segment, keys, self.flash))
         # gapped position ids make flash kernels believe that several sequences are packed into one

@@ -30,29 +30,20 @@ class Units:
     @classmethod
     def of(cls, tokens: TokenMap, scope: Scope, device: torch.device) -> Units:
         """Units of a prompt; `tokens` lives on the CPU, the result's tensors on `device`."""
-        units: list[Unit] = []
+        at = tokens.visual.nonzero(as_tuple=True)
+        image, tile, view = tokens.image[at], tokens.tile[at], tokens.view[at]
+        parts = {"prompt": [], "image": [image], "tile": [image, tile]}[scope]
+        names, member, counts = _groups([at[0], *parts])
+        rows = torch.tensor(names[0], dtype=torch.long)
+        ordinals = torch.arange(len(rows)) - torch.searchsorted(rows, rows)
         key = torch.full_like(tokens.role, -1)
-        for row, visual in enumerate(tokens.visual):
-            at = visual.nonzero()[:, 0]
-            if not len(at):
-                continue
-            image, tile = tokens.image[row, at], tokens.tile[row, at]
-            crop = image * (int(tile.max()) + 1) + tile
-            label = {"prompt": torch.zeros_like(image), "image": image, "tile": crop}[scope]
-            _, ordinal = label.unique(return_inverse=True)
-            key[row, at] = ordinal
-            for number in range(int(ordinal.max()) + 1):
-                mine = at[ordinal == number]
-                first = mine[0]
-                names = {
-                    "prompt": "its prompt",
-                    "image": f"image {int(tokens.image[row, first])}",
-                    "tile": f"crop {int(tokens.tile[row, first])} of image {int(tokens.image[row, first])}",
-                }
-                units.append(Unit(row, names[scope], number, len(mine), _grids(tokens, row, mine)))
-        rows = torch.tensor([unit.row for unit in units], dtype=torch.long, device=device)
-        ordinals = torch.tensor([unit.ordinal for unit in units], dtype=torch.long, device=device)
-        return cls(tuple(units), rows, ordinals, key.to(device))
+        key[at] = ordinals[member]
+        grids = _grids([member, image, view], tokens.row[at], tokens.col[at], len(rows))
+        units = tuple(
+            Unit(row, _label(scope, name), ordinal, count, grid)
+            for row, *name, ordinal, count, grid in zip(*names, ordinals.tolist(), counts.tolist(), grids, strict=True)
+        )
+        return cls(units, rows.to(device), ordinals.to(device), key.to(device))
 
     def with_counts(self, counts: Sequence[int]) -> Units:
         """The same units after some of their tokens left."""
@@ -70,14 +61,46 @@ class Units:
         return key[self.rows] == self.ordinals[:, None]
 
 
-def _grids(tokens: TokenMap, row: int, at: torch.Tensor) -> tuple[tuple[int, int], ...]:
-    """(rows, cols) of each view among positions `at`; () unless all are complete."""
-    grids = []
-    for image, view in torch.stack([tokens.image[row, at], tokens.view[row, at]]).unique_consecutive(dim=1).T:
-        mine = at[(tokens.image[row, at] == image) & (tokens.view[row, at] == view)]
-        rows, cols = tokens.row[row, mine], tokens.col[row, mine]
-        grid = (len(rows.unique()), len(cols.unique()))
-        if grid[0] * grid[1] != len(mine) or int(rows.min()) < 0:
-            return ()
-        grids.append(grid)
-    return tuple(grids)
+def _label(scope: Scope, name: Sequence[int]) -> str:
+    if scope == "prompt":
+        return "its prompt"
+    return f"image {name[0]}" if scope == "image" else f"crop {name[1]} of image {name[0]}"
+
+
+def _groups(labels: Sequence[torch.Tensor]) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
+    """Group tokens by their labels, each int64 [T] and >= 0: the labels of each group, its members, its counts."""
+    bases = [int(label.max()) + 1 if len(label) else 1 for label in labels]
+    code = labels[0]
+    for label, base in zip(labels[1:], bases[1:], strict=True):
+        code = code * base + label
+    code, member, counts = code.unique(return_inverse=True, return_counts=True)
+    names = []
+    for base in reversed(bases[1:]):
+        names.append((code % base).tolist())
+        code = code // base
+    return [code.tolist(), *reversed(names)], member, counts
+
+
+def _grids(
+    views: Sequence[torch.Tensor], row: torch.Tensor, col: torch.Tensor, units: int
+) -> list[tuple[tuple[int, int], ...]]:
+    """(rows, cols) of each view of each unit; () for a unit with a view that is no complete grid.
+
+    Args:
+        views: the unit, image and view of every visual token; row, col: its place; all int64 [T].
+    """
+    names, member, counts = _groups(views)
+    sides = []
+    for place in (row, col):
+        low, high = (
+            torch.zeros(len(counts), dtype=torch.long).scatter_reduce_(0, member, place, how, include_self=False)
+            for how in ("amin", "amax")
+        )
+        sides.append(torch.where(low < 0, 0, high - low + 1).tolist())
+    found: list[list[tuple[int, int]]] = [[] for _ in range(units)]
+    broken = set()
+    for unit, rows, cols, count in zip(names[0], *sides, counts.tolist(), strict=True):
+        found[unit].append((rows, cols))
+        if rows * cols != count:
+            broken.add(unit)
+    return [() if unit in broken else tuple(grids) for unit, grids in enumerate(found)]

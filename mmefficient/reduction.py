@@ -22,11 +22,14 @@ class PromptState:
     """What outlives the prefill; rides on the cache.
 
     Attributes:
+        plan, mode: under which the prompt was read.
         tokens: the map, on the model's device.
         segments: by decoder layer, what it holds; layers that hold the whole prompt are absent.
         shift: int64 [B, 1], how far the position ids of later tokens move down; None = not at all.
     """
 
+    plan: str
+    mode: str
     tokens: TokenMap
     segments: dict[int, Segment] = field(default_factory=dict)
     shift: torch.Tensor | None = None
@@ -121,6 +124,7 @@ class Prefill:
             BudgetError: more tokens are to be kept than a unit has.
             PlanError: the reducer needs complete grids and a unit has none.
         """
+        hidden = hidden.to(self.state.tokens.role.device)  # layers may be spread over several devices
         units = self._units(reducer.scope)
         if "full_grid" in reducer.needs:
             for unit in units.units:
@@ -206,7 +210,7 @@ class Prefill:
         attention = None
         if "last_row_attention" in reducer.needs:
             assert self.scores is not None
-            attention = self.scores[rows, index]
+            attention = self.scores.to(at.device)[rows, index]
         size = self.state.tokens.size[rows, at]
         return VisualTokens(units.units, hidden[rows, index], filled, size, attention, tower)
 
@@ -228,7 +232,7 @@ class Prefill:
         mixed = (mix @ features.float().masked_fill(~tokens.valid[..., None], 0.0)).to(features.dtype)
         if reducer.space == "tower":
             mixed = project(mixed)
-        mixed = mixed.flatten(0, 1).to(hidden.dtype)
+        mixed = mixed.flatten(0, 1).to(hidden)
         # a token's size is shared out in proportion to where its features went
         mix = mix * selection.valid[..., None]
         sizes = ((mix / mix.sum(1, keepdim=True).clamp(min=1e-12)) @ tokens.size[..., None]).flatten()
@@ -290,7 +294,7 @@ class Prefill:
         if self.position is not None:
             self.position = self.position.expand(len(order), -1).gather(1, order)
         if self.scores is not None:
-            self.scores = self.scores.gather(1, order)
+            self.scores = self.scores.to(order.device).gather(1, order)
         drafts = self.facts.drafts
         self.last = order.new_full((len(order),), longest - 1 - drafts) if drafts else None
         return gather_rows(hidden, order)
@@ -298,4 +302,5 @@ class Prefill:
 
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x [B or 1, S, D], index [B, n] -> [B, n, D]."""
-    return x.expand(index.shape[0], -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    index = index.to(x.device)[..., None]
+    return x.expand(index.shape[0], -1, -1).gather(1, index.expand(-1, -1, x.shape[-1]))

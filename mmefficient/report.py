@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mmefficient.flops import layer_flops
-from mmefficient.tokens import TokenMap
+from mmefficient.tokens import Role, TokenMap
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Report:
         prefill_flops_without_plan: likewise, with no plan.
         stages_ms: milliseconds per stage, filled in by whoever timed them.
         generated_tokens: filled in by whoever decoded them.
+        lives_until: per row, int32 [N]: the first decoder layer that no longer holds each visual token, prompt order.
+        places: per row, int64 [N, 4]: image, view, grid row and column of each visual token (see `tokens.Layout`).
     """
 
     plan: str
@@ -41,6 +43,7 @@ class Report:
     stages_ms: dict[str, float] = field(default_factory=dict)
     generated_tokens: int | None = None
     lives_until: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
+    places: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def of(cls, plan: str, mode: str, tokens: TokenMap, layers: int, config: Any) -> Report:
@@ -54,10 +57,12 @@ class Report:
         held = torch.stack([tokens.alive(layer) for layer in range(layers)])  # [layers, B, S]
         visual = (held & tokens.visual).sum(-1).T.tolist()
         rows = [RowReport(int(total), kept) for total, kept in zip(tokens.visual.sum(1), visual, strict=True)]
-        full = sum(layers * layer_flops(config, count) for count in (tokens.role != 0).sum(1).tolist())
+        full = sum(layers * layer_flops(config, count) for count in (tokens.role != Role.PAD).sum(1).tolist())
         computed = sum(layer_flops(config, count) for count in held.sum(-1).flatten().tolist())
         lives = tuple(until[seen] for until, seen in zip(tokens.lives_until, tokens.visual, strict=True))
-        return cls(plan, mode, rows, computed if mode == "apply" else full, full, lives_until=lives)
+        where = torch.stack([tokens.image, tokens.view, tokens.row, tokens.col], -1)
+        places = tuple(place[seen] for place, seen in zip(where, tokens.visual, strict=True))
+        return cls(plan, mode, rows, computed if mode == "apply" else full, full, lives_until=lives, places=places)
 
     def kept(self, row: int, layer: int) -> torch.Tensor:
         """int64 indices, ascending, into the visual tokens of `row` (prompt order) that decoder layer `layer` held."""
@@ -66,4 +71,4 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         plain: Mapping[str, Any] = asdict(self)
-        return {name: value for name, value in plain.items() if name != "lives_until"}
+        return {name: value for name, value in plain.items() if name not in ("lives_until", "places")}

@@ -118,6 +118,11 @@ def images_of_rows(placeholders: Sequence[int], lengths: Sequence[int], kind: st
     Raises:
         InputError: the images do not fill the placeholders of a row; names the row.
     """
+    advice = f"give every row as many {kind}s as its prompt has placeholders."
+    if len(lengths) > 1 and sum(placeholders) == sum(lengths) * repeats:
+        advice = (
+            f"give the {kind}s in the order of the prompts (with beams and several per prompt: transformers >= 5.19)."
+        )
     rows, taken = [], 0
     for row in range(0, len(placeholders), repeats):
         wanted, first, found = placeholders[row], taken, 0
@@ -125,15 +130,12 @@ def images_of_rows(placeholders: Sequence[int], lengths: Sequence[int], kind: st
             found += lengths[taken]
             taken += 1
         if found != wanted:
-            raise InputError(
-                f"row {row} has {wanted} {kind} placeholder tokens but the {kind}s given for it make {found}; "
-                f"give every row as many {kind}s as its prompt has placeholders."
-            )
+            says = f"{wanted} {kind} placeholder tokens but the {kind}s given for it make {found}"
+            raise InputError(f"row {row // repeats} has {says}; {advice}")
         rows += [list(range(first, taken))] * repeats
     if taken < len(lengths):
         raise InputError(
-            f"{len(lengths) - taken} {kind}(s) are left over after row {len(placeholders) - 1}; "
-            f"give every row as many {kind}s as its prompt has placeholders."
+            f"{len(lengths) - taken} {kind}(s) are left over after row {len(placeholders) // repeats - 1}; {advice}"
         )
     return rows
 
@@ -151,7 +153,7 @@ def build(
 
     Args:
         kinds: for "image" and "video", bool [B, S]: the placeholders of that kind.
-        layouts: for each kind, the layout of every image, in the order given.
+        layouts: for each kind, the layout of every image, in the order given; a kind without is only counted.
         mask: 2-D attention mask [B, S], 0 = padding; None = no padding.
         position: int64 [P, B, S].
         layers: number of decoder layers.
@@ -170,7 +172,10 @@ def build(
         role[mask == 0] = int(Role.PAD)
     placed = [0] * batch
     for kind, where in kinds.items():
-        given = layouts.get(kind, ())
+        if kind not in layouts:  # known to be visual, and no more
+            role[where], columns["image"][where] = int(Role.IMAGE), 0
+            continue
+        given = layouts[kind]
         rows = images_of_rows(where.sum(1).tolist(), [len(layout) for layout in given], kind, repeats.get(kind, 1))
         for row, images in enumerate(rows):
             if not images:

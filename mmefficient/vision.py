@@ -35,6 +35,10 @@ class Tower:
     attention: torch.Tensor
     keys: torch.Tensor
 
+    def to(self, device: torch.device) -> Tower:
+        """The same facts on `device`."""
+        return Tower(self.features.to(device), self.attention.to(device), self.keys.to(device))
+
 
 @dataclass(frozen=True)
 class Vision:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmefficient.models.base import ProjectorAdapter, square_layout
 
+from mmefficient.models.base import ProjectorAdapter, square_layout
 from mmefficient.tokens import Layout
 
 
@@ -18,7 +18,7 @@ class LlavaAdapter(ProjectorAdapter):
         sizes = arguments.get("image_sizes")
         if sizes is None:
             return [square_layout(len(tokens)) for tokens in features]
-        patch = self.base.vision_tower.patch_size  # type: ignore[union-attr]
+        patch = self.base.vision_tower.patch_size
         return [
             Layout.grid(int(height) // patch, int(width) // patch) for height, width in torch.as_tensor(sizes).tolist()
         ]

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmefficient.models.base import ProjectorAdapter, square_layout
 from transformers.models.llava_next import modeling_llava_next as stock
 
+from mmefficient.models.base import ProjectorAdapter, square_layout
 from mmefficient.tokens import Layout
 
 
@@ -46,7 +46,7 @@ class LlavaNextAdapter(ProjectorAdapter):
     def pack(self, numbers: list[torch.Tensor], sizes: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
         """The model's own packing of one image."""
         strategy = self.config.vision_feature_select_strategy
-        packed, _ = self.base.pack_image_features(  # type: ignore[operator]
+        packed, _ = self.base.pack_image_features(
             numbers, sizes, vision_feature_select_strategy=strategy, image_newline=newline
         )
         return packed[0]

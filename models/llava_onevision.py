@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmefficient.models.llava_next import LlavaNextAdapter
 
+from mmefficient.models.llava_next import LlavaNextAdapter
 from mmefficient.tokens import Layout
 
 
@@ -24,7 +24,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return [1 if whole else count for whole, count in zip(several, counts, strict=True)]
 
     def pack(self, numbers: list[torch.Tensor], sizes: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
-        packed, _ = self.base.pack_image_features(  # type: ignore[operator]
+        packed, _ = self.base.pack_image_features(
             numbers, sizes, image_newline=newline, vision_aspect_ratio=self.config.vision_aspect_ratio
         )
         return packed[0]

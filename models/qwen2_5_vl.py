@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from mmefficient.models.base import Adapter
 
+from mmefficient.models.base import Adapter
 from mmefficient.tokens import Layout
 
 

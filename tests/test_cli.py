@@ -71,7 +71,7 @@ def test_compare_shows_both(ask: Any) -> None:
     result = ask("--plan", PLAN, "--compare")
     assert result.code == 0
     assert "no plan: " in result.out
-    assert "16 in layers 0-3; 0% fewer prefill FLOPs" in result.out
+    assert "16 in layers 0-3; 100% of the prefill FLOPs" in result.out
 
 
 def test_json_is_one_object(ask: Any, checkpoint: Path) -> None:

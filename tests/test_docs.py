@@ -10,13 +10,12 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def test_usage(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("mmefficient.models.reference.path", lambda: checkpoint)
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "usage.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 6
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "docs/usage.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert "[16, 16, 4, 4]" in printed
+    assert "576 [576, 576, 144, 144" in printed
     assert "did you mean 'fastv'" in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -94,10 +95,11 @@ def test_the_wheel_works_outside_the_checkout(installed: Path, tmp_path: Path) -
     assert all(Path(place).is_relative_to(installed.parent.parent) for place in places)
 
 
-def test_the_wheel_answers(installed: Path, tmp_path: Path, checkpoint: Path, picture: Path) -> None:
-    command = ("ask", picture, "what is it?", "--model", checkpoint, "--plan", "fastv(layer=1,keep=4)")
-    out = run(installed.parent / "mmefficient", *command, "--max-new-tokens", 2, cwd=tmp_path)
-    assert "16 visual tokens" in out
+def test_the_wheel_answers_with_its_own_weights_and_picture(installed: Path, tmp_path: Path) -> None:
+    command = ("ask", "sample", "Describe the image.", "--plan", "fastv(layer=2,keep=0.25)", "--json")
+    found = json.loads(run(installed.parent / "mmefficient", *command, cwd=tmp_path))
+    assert found["visual_tokens"]["total"] == 576
+    assert "rabbit" in found["answer"]
 
 
 def test_an_editable_install_works_outside_the_checkout(tree: Path, tmp_path: Path) -> None:

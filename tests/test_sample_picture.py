@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
-from mmefficient.models import reference
-from mmefficient.models.reference.scenes.splits import picture, scene_at
 
 from mmefficient.images import load_image
+from mmefficient.models import reference
+from mmefficient.models.reference.scenes.splits import picture, scene_at
 
 
 def test_the_bundled_picture_is_the_scene_it_says() -> None:

@@ -50,7 +50,7 @@ def run_eval(
         task: a name of `mmefficient.evaluation.tasks.NAMES`, or a `Task`.
         plans: plans or their specifications, in the order of the report.
         model: "reference", a path, a hub id, or a loaded `VLM` (`device` and `dtype` are then its own).
-        limit: questions per kind; all by default.
+        limit: questions in all, spread evenly over the kinds; by default every question.
         out: directory for `report.json`, `report.md` and the answers; a later run with the same settings goes on from
             the answers there. By default nothing is written.
         batch_size: questions decoded together; by default 16 on a CPU and 128 elsewhere.
@@ -146,12 +146,16 @@ def _plan(plan: str | Plan) -> Plan:
 
 
 def _records(task: Task, kinds: Sequence[str] | None, limit: int | None) -> list[Record]:
-    """The task's records, kind by kind."""
+    """The task's records, kind by kind; a limit takes the first ones of every kind in turn."""
     unknown = [kind for kind in kinds or () if kind not in task.kinds]
     if unknown:
         raise InputError(f'The task {task.name} has no kind "{unknown[0]}"; choose from: {", ".join(task.kinds)}.')
     order = list(task.kinds)
     records = sorted(task.records(kinds, limit), key=lambda record: order.index(record.kind))
+    if limit is not None:
+        place = {r.id: i for kind in order for i, r in enumerate(r for r in records if r.kind == kind)}
+        first = sorted(records, key=lambda record: place[record.id])[:limit]
+        records = sorted(first, key=lambda record: order.index(record.kind))
     if not records:
         raise InputError(f"The task {task.name} has no questions of these kinds; choose others.")
     seen: set[str] = set()

@@ -73,9 +73,9 @@ class Kind:
 class Task:
     """A named evaluation.
 
-    `records(kinds, limit)` returns the records in a fixed order (`limit` per kind); `pictures(records, device)` their
-    pictures, either uint8 [B, 3, H, W] or B PIL images. `groups` names unweighted means over kinds: every metric that
-    all members report is averaged under the group's name, provided that all members were evaluated.
+    `records(kinds, limit)` returns the records in a fixed order (at most `limit` per kind); `pictures(records,
+    device)` their pictures, either uint8 [B, 3, H, W] or B PIL images. `groups` names unweighted means over kinds:
+    every metric that all members report is averaged under the group's name, provided that all members were evaluated.
     """
 
     name: str

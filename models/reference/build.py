@@ -19,14 +19,15 @@ from transformers import (
 )
 
 from .scenes.catalogue import OBJECTS, WORDS
-from .scenes.questions import NUMBERS
+from .scenes.questions import NUMBERS, training_question
 from .scenes.sample import Dice, sample_scene
-from .scenes.splits import KINDS, training_question
+from .scenes.splits import KINDS
 
 IMAGE_SIZE, PATCH = 336, 14
 PATCHES = (IMAGE_SIZE // PATCH) ** 2
 MAX_VOCABULARY = 2048
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
+RESIDUAL = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")  # write to the residual stream
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -144,7 +145,7 @@ def build_model(config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration
     layers = config.text_config.num_hidden_layers
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and ".layers." in name:
-            depth = math.sqrt(2 * layers) if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")) else 1.0
+            depth = math.sqrt(2 * layers) if name.endswith(RESIDUAL) else 1.0
             nn.init.normal_(parameter, std=0.8 / math.sqrt(parameter.shape[1]) / depth)
     head_dim = config.text_config.hidden_size // config.text_config.num_attention_heads
     shared = config.text_config.num_attention_heads // 2 * head_dim

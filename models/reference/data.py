@@ -17,13 +17,14 @@ from transformers import LlavaProcessor
 
 from .build import PATCHES
 from .scenes.catalogue import OBJECTS, WORDS
+from .scenes.questions import training_question
 from .scenes.sample import Dice, Scene, sample_scene, scene_tensors
-from .scenes.splits import KINDS, training_question
+from .scenes.splits import KINDS
 
 MAX_LAYERS = 14  # drawn layers per scene: clutter, things and a word
 SINGLE, TURNS, CAPTION = 20, 40, 48  # tokens per slot: one turn, two turns, a caption
 SLOTS = (SINGLE,) * 22 + (TURNS,) * 2 + (CAPTION,)
-RECIPE = ("existence-random",) * 7 + ("count",) * 4 + ("position",) * 3 + ("relation",) * 4
+RECIPE: tuple[str, ...] = ("existence-random",) * 7 + ("count",) * 4 + ("position",) * 3 + ("relation",) * 4
 RECIPE += ("two-hop", "colour", "reading", "comparison")
 MIXED = ("existence-random", "count", "position", "relation", "two-hop", "colour", "reading", "comparison")
 MAX_ANSWER = 96  # answer tokens per picture
@@ -76,7 +77,7 @@ def prefix_ids(processor: LlavaProcessor) -> list[int]:
 
 
 class Batches(Dataset[dict[str, torch.Tensor]]):
-    """``self[step]`` is the batch of that step: a function of the seed and the step alone, whichever worker makes it."""
+    """``self[step]`` is the batch of that step: a function of the seed and the step, whichever worker makes it."""
 
     def __init__(self, processor: LlavaProcessor, batch_size: int, seed: int, *, text: bool = True) -> None:
         self.tokenizer = processor.tokenizer

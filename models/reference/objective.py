@@ -28,7 +28,14 @@ ATTENTION = "mmefficient_slots"
 
 
 def slot_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention under the slot layout: a block mask (FlexAttention, GPU) or a boolean mask [S, S] (SDPA, CPU)."""
     mask = kwargs["layout_mask"]
@@ -41,6 +48,12 @@ def slot_attention(
 
 class Objective(nn.Module):
     """Losses of one batch. Auxiliary heads live here and are thrown away with it."""
+
+    mean: Tensor
+    std: Tensor
+    names: Tensor
+    patch_centre: Tensor
+    positions: Tensor
 
     def __init__(
         self,
@@ -71,7 +84,8 @@ class Objective(nn.Module):
                 names[form, index, : len(ids)] = torch.tensor(ids)
         self.register_buffer("names", names)  # token ids of names and plurals, 0 = none
         grid = torch.arange(IMAGE_SIZE // PATCH) * PATCH + PATCH / 2
-        self.register_buffer("patch_centre", torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1).view(PATCHES, 2))
+        x, y = torch.meshgrid(grid, grid, indexing="xy")
+        self.register_buffer("patch_centre", torch.stack([x, y], -1).view(PATCHES, 2))
         self.register_buffer("positions", self.layout.positions[None])
         self.to(device)
         self.mask = _layout_mask(self.layout, device)
@@ -105,12 +119,15 @@ class Objective(nn.Module):
             features, hidden = hidden, layer(hidden, attention_mask=None)
         return features[:, 1:], tower.post_layernorm(hidden[:, 0])
 
-    def tower_losses(self, features: Tensor, summary: Tensor, truth: dict[str, Tensor], present: Tensor) -> dict[str, Tensor]:
-        logits = self.dense(F.layer_norm(features, features.shape[-1:])).float()
+    def tower_losses(
+        self, features: Tensor, summary: Tensor, truth: dict[str, Tensor], present: Tensor
+    ) -> dict[str, Tensor]:
+        features = F.layer_norm(features, features.shape[-1:])
+        logits = self.dense(features).float()
         weight = torch.where(truth["dense"] > 0, 1.0, 0.1)
         dense = F.cross_entropy(logits.flatten(0, 1), truth["dense"].flatten(), reduction="none")
         known = (truth["cls"] >= 0).float()
-        offset = self.offset(F.layer_norm(features, features.shape[-1:])).float()
+        offset = self.offset(features).float()
         distance = F.smooth_l1_loss(offset, truth["offset"], reduction="none", beta=0.25).sum(-1)
         return {
             "dense": (dense * weight.flatten()).sum() / weight.sum(),
@@ -129,21 +146,23 @@ class Objective(nn.Module):
     def align_loss(self, visual: Tensor, cls: Tensor) -> Tensor:
         """Cross-entropy of an object patch's visual token against the embeddings of all names, and of all plurals."""
         table = self.model.get_input_embeddings().weight
-        used = (self.names > 0).float()[..., None]
+        used = self.names.gt(0).float()[..., None]
         names = (F.embedding(self.names, table) * used).sum(2) / used.sum(2)
-        similarity = torch.einsum("bpd,fcd->bfpc", F.normalize(visual.float(), dim=-1), F.normalize(names.float(), dim=-1)) * 15
+        visual, names = F.normalize(visual.float(), dim=-1), F.normalize(names.float(), dim=-1)
+        similarity = torch.einsum("bpd,fcd->bfpc", visual, names) * 15
         target = cls[:, None].expand(-1, 2, -1)
         return F.cross_entropy(similarity.flatten(0, 2), target.flatten(), ignore_index=IGNORE)
 
-    def point_loss(self, layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, target: Tensor, rows: Tensor) -> Tensor:
-        """-log of the attention that name rows [B, R] give their targets [B, R, 1+P] among the first token and the patches."""
+    def point_loss(self, layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+        """-log of what name rows [B, R] give their targets [B, R, 1+P] of their attention to BOS and patches."""
         attention, dim = layer.self_attn, layer.self_attn.head_dim
         image = slice(self.image_start, self.image_start + PATCHES)
         pick = rows[..., None].expand(-1, -1, hidden.shape[-1])
         keys = torch.cat([hidden[:, :1], hidden[:, image]], 1)
 
         def project(x: Tensor, weight: Tensor) -> Tensor:
-            return F.linear(layer.input_layernorm(x), weight[: POINT_HEADS * dim]).unflatten(-1, (POINT_HEADS, dim)).transpose(1, 2)
+            heads = F.linear(layer.input_layernorm(x), weight[: POINT_HEADS * dim])
+            return heads.unflatten(-1, (POINT_HEADS, dim)).transpose(1, 2)
 
         def at(table: Tensor, index: Tensor) -> Tensor:
             return table[0].expand(len(rows), -1, -1).gather(1, index[..., None].expand(-1, -1, table.shape[-1]))
@@ -178,7 +197,8 @@ class Objective(nn.Module):
             out["align"] = self.align_loss(visual, truth["cls"])
             text = self.model.get_input_embeddings()(batch["tokens"])
             end = self.image_start + PATCHES
-            hidden = torch.cat([part.to(self.dtype) for part in (text[:, : self.image_start], visual, text[:, end:])], 1)
+            parts = (text[:, : self.image_start], visual, text[:, end:])
+            hidden = torch.cat([part.to(self.dtype) for part in parts], 1)
             lm = self.model.model.language_model
             cos, sin = lm.rotary_emb(hidden, self.positions)
             targets = self.point_targets(batch, truth["cls"])
@@ -195,12 +215,12 @@ class Objective(nn.Module):
         """All losses. ``weights``: fp32 [3], of the align, point and tower losses."""
         logits, out = self.logits(batch)
         labels = batch["labels"]
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none").view_as(labels)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
         known = (labels != IGNORE).float()
         is_caption = batch["kinds"] == 1 + KINDS.index("caption")
         ends = labels == self.model.config.text_config.eos_token_id
         weight = known * torch.where(is_caption, 0.35, 1.0) * torch.where(ends, 0.1, 1.0)
-        out["answer"] = (loss * weight).sum() / weight.sum()
+        out["answer"] = (loss.view_as(labels) * weight).sum() / weight.sum()
         tower = out["dense"] + out["offset"] + out["presence"]
         out["total"] = out["answer"] + weights[0] * out["align"] + weights[1] * out["point"] + weights[2] * tower
         right = (logits.detach().argmax(-1) == labels) | (labels == IGNORE)
@@ -211,10 +231,10 @@ def _score(right: Tensor, kinds: Tensor, turn: Tensor) -> dict[str, Tensor]:
     """Questions answered exactly (every token, teacher-forced) and asked, per kind: fp32 [kinds]."""
     turns = turn.shape[1]  # no more turns than answer tokens
     key = torch.where(kinds > 0, turn, turns)
-    exact = torch.ones(len(turn), turns + 1, device=turn.device).scatter_reduce(1, key, right.float(), "amin")[:, :turns]
-    kind = torch.zeros(len(turn), turns + 1, dtype=torch.long, device=turn.device).scatter_reduce(1, key, kinds, "amax")[:, :turns]
-    one_hot = F.one_hot(kind, len(KINDS) + 1)[..., 1:].float()
-    return {"correct": (one_hot * exact[..., None]).sum((0, 1)), "asked": one_hot.sum((0, 1))}
+    exact = torch.ones(len(turn), turns + 1, device=turn.device).scatter_reduce(1, key, right.float(), "amin")
+    kind = torch.zeros_like(key[:, :1]).expand(-1, turns + 1).scatter_reduce(1, key, kinds, "amax")
+    one_hot = F.one_hot(kind[:, :turns], len(KINDS) + 1)[..., 1:].float()
+    return {"correct": (one_hot * exact[:, :turns, None]).sum((0, 1)), "asked": one_hot.sum((0, 1))}
 
 
 def _layout_mask(layout: Layout, device: torch.device) -> Any:

@@ -1,8 +1,8 @@
 """Train the reference model: ``python -m mmefficient.models.reference.train --out DIR``.
 
-Two phases, both resumable from ``DIR/state.pt``: the tower alone on dense labels, then the whole model on questions. The
-learning rate warms up, stays, and falls linearly over the last part of each phase. Every batch is a function of the seed
-and the step, so a resumed run sees what an uninterrupted one would have seen.
+Two phases, both resumable from ``DIR/state.pt``: the tower alone on dense labels, then the whole model on questions.
+The learning rate warms up, stays, and falls linearly over the last part of each phase. Every batch is a function of the
+seed and the step, so a resumed run sees what an uninterrupted one would have seen.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ def optimizers(objective: Objective, decay: float = 0.05) -> list[torch.optim.Op
     chosen = {id(p) for p in matrices}
     rest = [p for p in objective.parameters() if id(p) not in chosen]
     plain = [p for p in rest if p.ndim < 2]
+    decayed = [p for p in rest if p.ndim >= 2]
     return [
         torch.optim.Muon(matrices, lr=0.0, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(
-            [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}],
+            [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}],
             lr=0.0,
             betas=(0.9, 0.95),
             fused=next(objective.parameters()).is_cuda,
@@ -115,7 +116,7 @@ class Run:
             yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def train(self, phase: Phase, deadline: float, workers: int) -> bool:
-        """Advance to the end of ``phase`` or to the deadline (seconds of time.monotonic); True when the phase is done."""
+        """Advance to the end of ``phase`` or to the deadline (of `time.monotonic`); True when the phase is done."""
         clip = [p for p in self.objective.parameters() if p.requires_grad]
         sums: dict[str, Tensor] = {}
         began, first = time.monotonic(), self.step
@@ -151,8 +152,8 @@ class Run:
         n = LOG_EVERY if self.step % LOG_EVERY == 0 else self.step % LOG_EVERY
         record |= {name: round(float(value) / n, 4) for name, value in sums.items() if value.ndim == 0}
         if "asked" in sums:
-            shares = (sums["correct"] / sums["asked"].clamp(min=1)).tolist()
-            record["exact"] = {k: round(v, 4) for k, v, a in zip(KINDS, shares, sums["asked"].tolist(), strict=True) if a}
+            asked, correct = sums["asked"].tolist(), sums["correct"].tolist()
+            record["exact"] = {k: round(c / a, 4) for k, c, a in zip(KINDS, correct, asked, strict=True) if a}
         with (self.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(json.dumps(record), flush=True)

@@ -160,7 +160,7 @@ def test_a_finished_run_asks_nothing_again(task: Task, vlm: VLM, tmp_path: Path)
 
 def test_other_settings_do_not_mix(task: Task, vlm: VLM, tmp_path: Path) -> None:
     evaluate(task, vlm, tmp_path)
-    with pytest.raises(InputError, match=r"questions was 21, now 6.*output directory"):
+    with pytest.raises(InputError, match=r"questions was 21, now 2.*output directory"):
         evaluate(task, vlm, tmp_path, limit=2)
 
 
@@ -217,6 +217,13 @@ def test_batches_keep_order_and_never_mix_kinds(task: Task) -> None:
     assert [record for batch in cut for record in batch] == records
     assert [len(batch) for batch in cut] == [3, 3, 1] * 3
     assert all(len({record.kind for record in batch}) == 1 for batch in cut)
+
+
+def test_a_limit_is_spread_over_the_kinds(task: Task, vlm: VLM) -> None:
+    report = evaluate(task, vlm, limit=5)
+    sizes = {name: metric["n"] for name, metric in report["plans"][0]["metrics"].items() if "/accuracy" in name}
+    assert report["settings"]["questions"] == 5
+    assert max(sizes[f"{kind}/accuracy"] for kind in task.kinds if f"{kind}/accuracy" in sizes) <= 2
 
 
 def test_groups_need_all_their_kinds(task: Task, vlm: VLM) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mmefficient.errors import MMEfficientError
 from mmefficient.plan import Plan
@@ -114,3 +116,19 @@ def test_refused_on_qwen(plan: str) -> None:
     context = Plan(plan).apply(tiny.build("qwen2_5_vl"))
     with pytest.raises(MMEfficientError):
         context.__enter__()
+
+
+RANDOM_SHAPES = ("llava_next", "qwen2_5_vl")
+rows = st.tuples(st.integers(0, 2), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2))
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from([case for case in CASES if case[0] in RANDOM_SHAPES]), st.lists(rows, min_size=2, max_size=4))
+def test_any_batch(case: tuple[str, str], shapes: list[tuple[int, int, int, int]]) -> None:
+    family, plan = case
+    model, prompts = tiny.build(family), [tiny.prompt(family, *shape) for shape in shapes]
+    with Plan(plan).apply(model):
+        together = logits(model, tiny.collate(family, prompts), max_new_tokens=3)
+        for row, each in enumerate(prompts):
+            single = logits(model, tiny.collate(family, [each]), max_new_tokens=3)[:, 0]
+            torch.testing.assert_close(together[:, row], single, rtol=0, atol=1e-5)

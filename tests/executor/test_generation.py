@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
+from accelerate import cpu_offload
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    CompileConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -37,7 +45,11 @@ def test_beams_score_what_greedy_teacher_forcing_scores(family: str) -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_ragged_beams_equal_batch_one(plan: str) -> None:
-    model, prompts = tiny.build("llava_next"), tiny.ragged_prompts("llava_next")
+    # one image at most: transformers < 5.19 mixes up the images of beams
+    model, prompts = (
+        tiny.build("llava_next"),
+        [tiny.prompt("llava_next", n, 3, 4, first=i) for n, i in ((1, 0), (0, 0), (1, 2))],
+    )
     beams: dict[str, Any] = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False}
     with Plan(plan).apply(model):
         together = model.generate(**tiny.collate("llava_next", prompts), **beams)
@@ -108,6 +120,8 @@ def test_reused_cache_starts_a_new_prompt() -> None:
         cache = DynamicCache(config=model.get_decoder().config)
         logits(model, first, past_key_values=cache)
         cache.reset()
+        if cache.get_seq_length():
+            pytest.skip("transformers < 5.18 does not empty a cache on reset")
         assert torch.equal(expected, logits(model, second, past_key_values=cache))
     cache.reset()
     plain = logits(model, second)
@@ -238,6 +252,9 @@ def test_models_that_cannot_carry_a_plan() -> None:
     sliding = tiny.build("llava_onevision")
     sliding.get_decoder().config.layer_types = ["sliding_attention"] * tiny.LAYERS
     refusals.append((sliding, "sliding_attention"))
+    parallel = tiny.build("llava")
+    parallel._tp_size = 2
+    refusals.append((parallel, "tensor-parallel"))
     for model, reason in refusals:
         context = Plan("fastv(layer=2)").apply(model)
         with pytest.raises(ModelError, match=reason):
@@ -279,3 +296,48 @@ def test_report() -> None:
     assert data["prefill_flops_without_plan"] == full
     cut = sum(2 * n * matrices + 4 * n * n * 32 for before, after in rows for n in (before, after, after, after))
     assert data["prefill_flops"] == cut
+
+
+@pytest.mark.parametrize("plan", ["fastv(layer=2,keep=0.5)+exit(layer=3)", "random(keep=0.5,positions=compact)"])
+def test_decoding_compiles_to_one_graph(plan: str) -> None:
+    model, batch = tiny.build("llava"), tiny.ragged_batch("llava")
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    with Plan(plan).apply(model):
+        dynamic, before = logits(model, batch), graphs["unique_graphs"]
+        for _ in range(2):
+            static = logits(model, batch, cache_implementation="static", compile_config=config)
+            torch.testing.assert_close(dynamic, static, rtol=0, atol=1e-5)
+    assert graphs["unique_graphs"] == before + 1
+    torch._dynamo.reset()
+
+
+def test_offloaded_weights() -> None:
+    """accelerate brings weights in around each module's forward; everything that computes has to go through modules."""
+    plan = Plan("visionzip(dominant=0.4,contextual=0.2)+fastv(layer=1,keep=0.5)")
+    model, batch = tiny.build("llava"), tiny.ragged_batch("llava")
+    with plan.apply(model):
+        expected = logits(model, batch)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with plan.apply(model):
+        assert torch.equal(expected, logits(model, batch))
+
+
+@pytest.mark.parametrize("later", ["none", "exit(layer=3)"])
+def test_a_later_turn_under_another_plan(later: str) -> None:
+    """The prompt stays as the first plan left it."""
+    model, batch = tiny.build("llava"), tiny.collate("llava", [tiny.prompt("llava", 1, 3, 4)])
+    results = []
+    for second in ("fastv(layer=1,keep=0.5)", later):
+        cache = DynamicCache(config=model.get_decoder().config)
+        with Plan("fastv(layer=1,keep=0.5)").apply(model):
+            first = model.generate(**batch, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        longer = torch.cat([first, torch.tensor([[11, 12, 13]])], 1)
+        with Plan(second).apply(model) as run:
+            results.append(logits(model, {"input_ids": longer}, past_key_values=cache))
+        report = run.report()
+        assert report.plan == "fastv(layer=1,keep=0.5)"
+        assert report.rows[0].kept_per_layer == [16, 8, 8, 8]
+    assert torch.equal(*results)

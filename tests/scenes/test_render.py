@@ -7,6 +7,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
+
+from mmefficient.errors import InputError
 from mmefficient.models.reference.scenes import render as module
 from mmefficient.models.reference.scenes.catalogue import SPRITES, WORDS
 from mmefficient.models.reference.scenes.render import (
@@ -24,10 +28,6 @@ from mmefficient.models.reference.scenes.render import (
     load_keys,
     render,
 )
-from PIL import Image
-from torch import Tensor
-
-from mmefficient.errors import InputError
 
 Picture = npt.NDArray[np.int64]
 GREY = [0, 90, 100, 110, 0, 0, 0, 32]

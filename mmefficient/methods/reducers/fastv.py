@@ -13,7 +13,7 @@ from mmefficient.points import Reducer, VisualTokens, about
 
 @dataclass(frozen=True)
 class FastV(Reducer):
-    """Scores come from layer `layer` - 1: last prompt row, mean over heads (section 4.1; the released code's rule)."""
+    """Scores come from layer `layer` - 1: last prompt row, mean over heads (the released code's rule)."""
 
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.06764"

@@ -26,7 +26,7 @@ from mmefficient.points import (
 
 @dataclass(frozen=True)
 class VisionZip(Reducer):
-    """Acts on tower features, per crop, before the projector (algorithm 1; released code for the merge)."""
+    """Acts on tower features, per crop, before the projector (the released rule, but the class token is not kept)."""
 
     name: ClassVar[str] = "visionzip"
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.04467"

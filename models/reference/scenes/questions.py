@@ -1,6 +1,6 @@
 """Questions about a scene, answered from its scene graph.
 
-Each ``ask_*`` function returns ``(question, answer)`` or None when the scene does not support the kind without ambiguity:
+Each ``ask_*`` function returns ``(question, answer)``, or None when the scene does not support the kind unambiguously:
 a position is asked only of an object that is alone of its class and clearly inside one cell, a relation only where one
 axis dominates, a two-hop question only where the nearest object in that direction is clearly the nearest.
 """
@@ -11,12 +11,17 @@ from collections.abc import Callable
 
 from .catalogue import OBJECTS
 from .render import CANVAS
-from .sample import Dice, Scene, Thing
+from .sample import Dice, Scene, Thing, theme_members
 
 QA = tuple[str, str]
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
-EXISTENCE = ("Is there {a} in the image?", "Does the image contain {a}?", "Can you see {a}?", "Is {a} present in the picture?")
+EXISTENCE = (
+    "Is there {a} in the image?",
+    "Does the image contain {a}?",
+    "Can you see {a}?",
+    "Is {a} present in the picture?",
+)
 COUNT = ("How many {many} are there in the image?", "How many {many} can you see?", "Count the {many}.")
 POSITION = ("Where is the {one}?", "In which part of the image is the {one}?", "Where in the picture is the {one}?")
 RELATION = ("Where is the {one} relative to the {other}?", "On which side of the {other} is the {one}?")
@@ -164,3 +169,18 @@ ASK: dict[str, Callable[[Scene, Dice], QA | None]] = {
     "two-hop": ask_two_hop,
     "caption": ask_caption,
 }
+
+
+def training_question(kind: str, scene: Scene, dice: Dice) -> QA | None:
+    """A question of ``kind`` about any scene; half of the absent classes come from the scene's own theme."""
+    if kind in ASK:
+        return ASK[kind](scene, dice)
+    present = scene.classes
+    if present and dice.chance(0.5):
+        return ask_existence(dice, dice.pick(sorted(present)), True)
+    members, cumulative = theme_members(scene.theme)
+    for _ in range(8):
+        cls = members[dice.weighted(cumulative)] if dice.chance(0.5) else dice.below(len(OBJECTS))
+        if cls not in present:
+            return ask_existence(dice, cls, False)
+    return None

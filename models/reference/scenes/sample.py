@@ -115,7 +115,7 @@ class Scene:
 
 @lru_cache
 def theme_members(theme: str) -> tuple[list[int], list[float]]:
-    """Class indices of a theme and the running sum of their Zipf weights: the first ones are the theme's usual guests."""
+    """Class indices of a theme and the running sum of their Zipf weights: the first ones are its usual guests."""
     members = [i for i, cls in enumerate(OBJECTS) if theme in cls.themes]
     total, cumulative = 0.0, []
     for rank in range(len(members)):
@@ -162,9 +162,10 @@ def _place(dice: Dice, w: int, h: int, boxes: list[Box], hidden: list[float], ov
         covered = [_overlap(box, other) / (other[2] * other[3]) for other in boxes]
         # a small box over a big one must stay visible against it, and must not be swallowed by its outline
         mutual = [share * other[2] * other[3] / (w * h) for share, other in zip(covered, boxes, strict=True)]
-        if all(share + old <= MAX_HIDDEN for share, old in zip(covered, hidden, strict=True)) and max(
-            mutual, default=0
-        ) <= 2 * MAX_HIDDEN:
+        if (
+            all(share + old <= MAX_HIDDEN for share, old in zip(covered, hidden, strict=True))
+            and max(mutual, default=0) <= 2 * MAX_HIDDEN
+        ):
             hidden[:] = [share + old for share, old in zip(covered, hidden, strict=True)]
             boxes.append(box)
             hidden.append(0.0)
@@ -222,8 +223,9 @@ def sample_scene(dice: Dice, *, counterfactual: bool = False) -> Scene:
 
 
 def scene_tensors(scenes: Sequence[Scene], max_layers: int | None = None) -> tuple[Tensor, Tensor]:
-    """Arguments of `render` for several scenes: layers int32 [B, K, 3], padded with empty ones, and background [B, 8]."""
+    """Arguments of `render`: layers int32 [B, K, 3], padded with empty ones, and background int32 [B, 8]."""
     size = max((len(scene.layers) for scene in scenes), default=0) if max_layers is None else max_layers
     empty = (EMPTY, 0, 0)
     layers = [[*scene.layers, *[empty] * (size - len(scene.layers))] for scene in scenes]
-    return torch.tensor(layers, dtype=torch.int32), torch.tensor([scene.background for scene in scenes], dtype=torch.int32)
+    backgrounds = [scene.background for scene in scenes]
+    return torch.tensor(layers, dtype=torch.int32), torch.tensor(backgrounds, dtype=torch.int32)

@@ -21,7 +21,7 @@ from ....errors import InputError
 from .catalogue import OBJECTS
 from .questions import ASK, ask_existence
 from .render import load_atlas, render
-from .sample import Dice, Scene, sample_scene, scene_tensors, theme_members
+from .sample import Dice, Scene, sample_scene, scene_tensors
 
 EXISTENCE_KINDS = ("existence-random", "existence-popular", "existence-adversarial", "existence-counterfactual")
 KINDS = (*EXISTENCE_KINDS, *ASK)
@@ -141,18 +141,3 @@ def digest(split: str) -> str:
         record = [q.id, q.text, q.answer, q.source, q.scene.layers, q.scene.background, q.scene.word]
         h.update(json.dumps(record, separators=(",", ":")).encode())
     return h.hexdigest()
-
-
-def training_question(kind: str, scene: Scene, dice: Dice) -> tuple[str, str] | None:
-    """A training question of ``kind`` about any scene; half of the absent classes come from the scene's own theme."""
-    if kind not in EXISTENCE_KINDS:
-        return ASK[kind](scene, dice)
-    present = scene.classes
-    if present and dice.chance(0.5):
-        return ask_existence(dice, dice.pick(sorted(present)), True)
-    members, cumulative = theme_members(scene.theme)
-    for _ in range(8):
-        cls = members[dice.weighted(cumulative)] if dice.chance(0.5) else dice.below(len(OBJECTS))
-        if cls not in present:
-            return ask_existence(dice, cls, False)
-    return None

@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mmefficient.models.reference.scenes.splits import KINDS, Question, load
 from transformers import CLIPImageProcessor
 
 from mmefficient.evaluation import Output, Record, run_eval, tasks
 from mmefficient.evaluation.task import digest
+from mmefficient.models.reference.scenes.splits import KINDS, Question, load
 from mmefficient.vlm import VLM
 
 TASK = tasks.get("scenes")

@@ -1,0 +1,73 @@
+"""What is drawn is what the report says, patch by patch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from mmefficient.cli import app
+from mmefficient.draw import LINE, MARGIN, SIDE, kept_tokens
+from mmefficient.errors import InputError
+from mmefficient.report import Report, RowReport
+
+
+def report(lives: list[int], places: list[tuple[int, int, int, int]], layers: int = 4) -> Report:
+    until = torch.tensor(lives, dtype=torch.int32)
+    kept = [int((until > layer).sum()) for layer in range(layers)]
+    return Report(
+        "p", "apply", [RowReport(len(lives), kept)], 1, 1, lives_until=(until,), places=(torch.tensor(places),)
+    )
+
+
+GRID = [(0, 0, row, col) for row in range(2) for col in range(3)]
+
+
+def test_panels_show_what_each_layer_holds() -> None:
+    picture = Image.new("RGB", (300, 200), (200, 100, 50))
+    drawn = kept_tokens(picture, [(report([4, 2, 4, 2, 2, 4], GRID), "yes")])
+    top, cell = MARGIN + 2 * LINE, SIDE / 3
+    for panel, gone in ((0, ()), (1, (1, 3, 4))):
+        left = MARGIN + panel * (SIDE + MARGIN)
+        for index, (_, _, row, col) in enumerate(GRID):
+            pixel = drawn.getpixel((int(left + (col + 0.5) * cell), int(top + (row + 0.5) * cell)))
+            assert pixel == ((44, 22, 11) if index in gone else (200, 100, 50))
+    assert drawn.width == 2 * (SIDE + MARGIN) + MARGIN
+
+
+def test_the_centre_of_a_wide_picture_is_what_the_tower_saw() -> None:
+    picture = Image.new("RGB", (600, 200), "red")
+    picture.paste((0, 0, 255), (200, 0, 400, 200))
+    square = [(0, 0, row, col) for row in range(2) for col in range(2)]
+    drawn = kept_tokens(picture, [(report([4] * 4, square), "")])
+    panel = drawn.crop((MARGIN + 2, MARGIN + 2 * LINE + 2, MARGIN + SIDE - 2, MARGIN + 2 * LINE + SIDE - 2))
+    assert panel.getcolors() == [(panel.width * panel.height, (0, 0, 255))]
+
+
+@pytest.mark.parametrize("other", [(1, 0, 0, 0), (0, 1, 0, 0)])
+def test_several_images_or_tiles_are_refused(other: tuple[int, int, int, int]) -> None:
+    with pytest.raises(InputError, match="row 0"):
+        kept_tokens(Image.new("RGB", (9, 9)), [(report([4, 4], [(0, 0, 0, 0), other]), "")])
+    nothing = Report(
+        "p", "apply", [RowReport(0, [0])], 1, 1, lives_until=(torch.empty(0),), places=(torch.empty(0, 4),)
+    )
+    with pytest.raises(InputError, match="row 0"):
+        kept_tokens(Image.new("RGB", (9, 9)), [(nothing, "")])
+
+
+def test_the_command_draws_the_embedded_models_choice(tmp_path: Path) -> None:
+    out = tmp_path / "kept.png"
+    options = ["--plan", "fastv(layer=2,keep=0.25)", "--plan", "exit(layer=6)", "--out", str(out), "--device", "cpu"]
+    done = CliRunner().invoke(app, ["show", "sample", "Is there a frog?", *options], catch_exceptions=False)
+    assert done.exit_code == 0
+    with Image.open(out) as drawn:
+        assert drawn.height == 2 * (SIDE + 2 * LINE + 2 * MARGIN)
+
+
+def test_an_unwritable_path_is_one_sentence(tmp_path: Path) -> None:
+    options = ["--plan", "exit(layer=6)", "--out", str(tmp_path / "no" / "kept.png"), "--device", "cpu"]
+    done = CliRunner().invoke(app, ["show", "sample", "Is there a frog?", *options])
+    assert isinstance(done.exception, InputError)
