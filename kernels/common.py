@@ -9,9 +9,6 @@ from typing import Literal
 
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-"""Whether Triton's kernels run in its interpreter, on the CPU; Triton, too, looks once."""
-
 _FOUND = importlib.util.find_spec("triton") is not None
 
 Impl = Literal["auto", "triton", "reference"]
@@ -21,6 +18,9 @@ log = logging.getLogger(__name__)
 
 def uses_triton(impl: Impl, tensor: torch.Tensor) -> bool:
     """Whether `impl` means the Triton kernel for inputs like `tensor`; "auto" logs why it does not.
+
+    Tensors on the CPU go to the reference, unless impl="triton" meets TRITON_INTERPRET=1: Triton's interpreter is there
+    for tests and far slower than the reference.
 
     Raises:
         ValueError: `impl` is none of the three names.
@@ -33,12 +33,12 @@ def uses_triton(impl: Impl, tensor: torch.Tensor) -> bool:
     reason = None
     if not _FOUND:
         reason = "triton is not installed"
-    elif not tensor.is_cuda and not INTERPRETED:
-        reason = f"the tensors are on {tensor.device.type!r} and TRITON_INTERPRET=1 is not set"
+    elif not tensor.is_cuda and (impl == "auto" or os.environ.get("TRITON_INTERPRET") != "1"):
+        reason = f"the tensors are on {tensor.device.type!r} and Triton's interpreter is not asked for"
     if reason is None:
         return True
     if impl == "triton":
-        raise RuntimeError(f"impl='triton' cannot run: {reason}; use impl='reference' or 'auto'.")
+        raise RuntimeError(f"impl='triton' cannot run: {reason}; use 'auto', or set TRITON_INTERPRET=1 to test.")
     if not torch.compiler.is_compiling():
         log.debug("reference instead of the kernel: %s", reason)
     return False

@@ -9,7 +9,8 @@ import triton.language as tl
 
 @triton.jit
 def _merge(
-    part_out, part_lse, out, lse, rows_of, head_pattern, rows, out_g, out_b, out_h, out_n, lse_rows, heads, batch, patterns,
+    part_out, part_lse, out, lse, rows_of, head_pattern, rows, out_g, out_b, out_h, out_n,
+    lse_rows, heads, batch, patterns,
     PARTS: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MAPPED: tl.constexpr,
     LSE: tl.constexpr,
 ):  # fmt: skip

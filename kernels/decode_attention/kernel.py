@@ -17,8 +17,9 @@ from mmefficient.kernels.merge import merge
 @triton.jit
 def _decode(
     q, k, v, part_out, part_lse, lengths, starts, group, bias, factors, gain,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, group_b, bias_b, bias_h, gain_b, gain_h, gain_n, scale, batch, kv_heads,
-    REPEAT: tl.constexpr, NEW: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, STARTS: tl.constexpr,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, group_b, bias_b, bias_h, gain_b, gain_h, gain_n, scale,
+    batch, kv_heads, parts,
+    REPEAT: tl.constexpr, NEW: tl.constexpr, GROUPS: tl.constexpr, STARTS: tl.constexpr,
     MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +38,7 @@ def _decode(
     start = length * 0
     if STARTS:
         start += tl.load(starts + b).to(tl.int32)
-    each = tl.cdiv(tl.cdiv(tl.maximum(length - start, 0), PARTS), BLOCK_N) * BLOCK_N
+    each = tl.cdiv(tl.cdiv(tl.maximum(length - start, 0), parts), BLOCK_N) * BLOCK_N
     first = start + part * each
     stop = tl.minimum(first + each, length)
     heads = kv_heads * REPEAT
@@ -80,7 +81,7 @@ def _decode(
         factor *= tl.load(at_gain, mask=used, other=0.0).to(tl.float32)
     acc = acc * factor[:, None]
     level = tl.where(total == 0, float("-inf"), top + tl.log2(total))
-    spot = (((g * PARTS + part) * batch + b) * heads + h).to(tl.int64) * NEW + new
+    spot = (((g * parts + part) * batch + b) * heads + h).to(tl.int64) * NEW + new
     tl.store(part_lse + spot, level, mask=used)
     tl.store(part_out + spot[:, None] * D + d[None], acc, mask=used[:, None] & in_d[None])
 
@@ -123,16 +124,13 @@ def decode_attention(
         q, k, v, part_out, part_lse, lengths, lengths if starts is None else starts,
         lengths if group is None else group, bias_row, factors, gain,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if group is None else group.stride(0),
-        *bias_strides, *gain_strides, scale, batch, kv_heads,
-        REPEAT=repeat, NEW=new, GROUPS=copies, PARTS=parts, STARTS=starts is not None, MAP=logit_map is not None,
+        *bias_strides, *gain_strides, scale, batch, kv_heads, parts,
+        REPEAT=repeat, NEW=new, GROUPS=copies, STARTS=starts is not None, MAP=logit_map is not None,
         BIAS=bias is not None, GAIN=head_gain is not None, D=dim, BLOCK_D=block_d,
         BLOCK_M=max(16, triton.next_power_of_2(repeat * new * copies)),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **settings,
     )  # fmt: skip
-    if groups:
-        out = torch.empty(groups, *q.shape, dtype=torch.float32, device=q.device)
-    else:
-        out = torch.empty_like(q)
+    out = q.new_empty(groups, *q.shape, dtype=torch.float32) if groups else torch.empty_like(q)
     lse = torch.empty(copies, batch, heads, new, dtype=torch.float32, device=q.device)
     merge(part_out, part_lse, out, lse, parts, new)
     return out, (lse if groups else lse.squeeze(0))

@@ -47,8 +47,8 @@ def grouped_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over the pairs of `layout`, forward and (for q, k, v, without partials) backward.
 
-    Logits s = scale * q.k become a * s + b * |s| + c, where the key's group has a map, plus the key's bias; pairs that do
-    not exist are -inf; the softmax and all sums run in float32. A row that sees nothing gives zeros.
+    Logits s = scale * q.k become a * s + b * |s| + c, where the key's group has a map, plus the key's bias; pairs that
+    do not exist are -inf; the softmax and all sums run in float32. A row that sees nothing gives zeros.
 
     Args:
         q: [B, Hq, Nq, D], float16, bfloat16 or float32; k, v: [B, Hkv, Nk, D] with Hkv dividing Hq; any strides with
@@ -97,7 +97,7 @@ def mix(out: torch.Tensor, lse: torch.Tensor, mass: torch.Tensor | None = None) 
 
 
 def masses(lse: torch.Tensor) -> torch.Tensor:
-    """Share of the attention that each group has in every row, [groups, B, Hq, Nq]; zeros in a row that sees nothing."""
+    """Share of the attention that each group has in every row, [groups, B, Hq, Nq]; zeros where a row sees nothing."""
     return lse.softmax(0).nan_to_num(0.0)
 
 

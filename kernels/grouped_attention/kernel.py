@@ -86,9 +86,9 @@ def _step(
 def _soft_rows(
     item, bh, b, bs, q, k, v, out, lse, part_out, part_lse, soft, blocks, counts, order, queries, rules,
     role, page, row, col, segment, group, mask, bias, factors, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale,
-    batch, heads, rows, keys, padded, q_blocks, k_blocks, kinds,
+    batch, heads, rows, keys, padded, q_blocks, k_blocks, kinds, parts,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
-    GROUPS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
+    GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
     LSE: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -97,9 +97,9 @@ def _soft_rows(
     lse_at = bh.to(tl.int64) * rows
     lse_g = batch * heads * rows
     d = tl.arange(0, BLOCK_D)
-    g = item % (GROUPS * PARTS) // PARTS
-    part = item % PARTS
-    qb = tl.load(order + bs * q_blocks + item // (GROUPS * PARTS))
+    g = item % (GROUPS * parts) // parts
+    part = item % parts
+    qb = tl.load(order + bs * q_blocks + item // (GROUPS * parts))
     slot = qb * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.load(soft + bs * padded + slot)
     used = n >= 0
@@ -113,17 +113,14 @@ def _soft_rows(
     full = tl.load(counts + lines + line)
     some_blocks = blocks + line.to(tl.int64) * k_blocks
     all_blocks = some_blocks + lines * k_blocks
-    first = part * (partial + full) // PARTS
-    stop = (part + 1) * (partial + full) // PARTS
+    first = part * (partial + full) // parts
+    stop = (part + 1) * (partial + full) // parts
     start = tl.load(all_blocks, mask=full > 0, other=0)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in range(first, tl.minimum(stop, full)):
-        if CONTIGUOUS:
-            kb = start + i
-        else:
-            kb = tl.load(all_blocks + i)
+        kb = start + i if CONTIGUOUS else tl.load(all_blocks + i)
         top, total, acc = _step(
             x, top, total, acc, facts, own, n, kb, k, v, k_n, v_n, rules, role, page, row, col, segment,
             group + base, mask, base, mask_base, keys, factors, bias, scale, g, D, BLOCK_D, BLOCK_N, GROUPS, MAP,
@@ -141,8 +138,8 @@ def _soft_rows(
         factor *= tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)
     acc = acc * factor[:, None]
     level = tl.where(total == 0, float("-inf"), top + tl.log2(total))
-    if PARTS > 1:
-        spot = ((g * PARTS + part) * batch * heads + bh).to(tl.int64) * (q_blocks * BLOCK_M) + slot
+    if SPLIT:
+        spot = ((g * parts + part) * batch * heads + bh).to(tl.int64) * (q_blocks * BLOCK_M) + slot
         tl.store(part_lse + spot, level)
         tl.store(part_out + spot[:, None] * D + d[None], acc, mask=(d < D)[None])
     else:
@@ -199,13 +196,13 @@ def _forward(
     soft, rest, source, blocks, counts, order, queries, rules, head_pattern,
     role, page, row, col, segment, group, mask, bias, factors, gain,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_g, o_b, o_h, o_n, bias_b, bias_h, gain_b, gain_h, gain_n, scale,
-    batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, rest_blocks, kinds,
+    batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, rest_blocks, kinds, parts,
     REPEAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PATTERNS: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
+    PATTERNS: tl.constexpr, GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
     GAIN: tl.constexpr, LSE: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr,
     MASKED: tl.constexpr, HEADS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    soft_items = soft_blocks * (GROUPS * PARTS)
+    soft_items = soft_blocks * (GROUPS * parts)
     pid = tl.program_id(0)
     if HEADS_FIRST:
         item, bh = pid // (batch * heads), pid % (batch * heads)
@@ -229,7 +226,7 @@ def _forward(
             item, bh, b, bs, q, k, v, out, lse, part_out, part_lse, soft, blocks, counts, order,
             queries, rules, role, page, row, col, segment, group, mask, bias, factors, gain, q_n,
             k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks,
-            kinds, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS, GROUPS, PARTS, MAP, BIAS, GAIN, LSE,
+            kinds, parts, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS, GROUPS, SPLIT, MAP, BIAS, GAIN, LSE,
             CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip
     else:
@@ -276,10 +273,7 @@ def grouped_attention(
         raise ValueError("this layout was made for the reference; make it with impl='auto' or 'triton'.")
     batch, heads, rows, dim = q.shape
     keys, groups = k.shape[2], layout.groups if partials else 1
-    if partials:
-        out = torch.empty(groups, *q.shape, dtype=torch.float32, device=q.device)
-    else:
-        out = torch.empty_like(q)
+    out = q.new_empty(groups, *q.shape, dtype=torch.float32) if partials else torch.empty_like(q)
     found = torch.empty(groups, batch if lse else 0, heads, rows, dtype=torch.float32, device=q.device)
     programs = made.soft_blocks * batch * heads * groups
     parts = override.pop("PARTS", 0) or parts_for(layout, programs, q.device)
@@ -299,8 +293,8 @@ def grouped_attention(
     head_pattern = spare if layout.head_pattern is None else layout.head_pattern
     _forward[(items * batch * heads,)](
         q, k, v, out, found, part_out, part_lse,
-        made.soft, made.rest, made.source, made.blocks, made.counts, made.order, layout.queries, layout.rules, head_pattern,
-        **pair_arguments(layout), bias=bias_row, factors=factors, gain=gain,
+        made.soft, made.rest, made.source, made.blocks, made.counts, made.order, layout.queries, layout.rules,
+        head_pattern, **pair_arguments(layout), bias=bias_row, factors=factors, gain=gain,
         q_b=q.stride(0), q_h=q.stride(1), q_n=q.stride(2),
         k_b=k.stride(0), k_h=k.stride(1), k_n=k.stride(2),
         v_b=v.stride(0), v_h=v.stride(1), v_n=v.stride(2),
@@ -310,8 +304,8 @@ def grouped_attention(
         batch=batch, heads=heads, rows=rows, keys=keys, padded=slots,
         q_blocks=made.order.shape[-1], k_blocks=made.state.shape[-1],
         soft_blocks=made.soft_blocks, rest_blocks=made.rest_blocks, kinds=made.state.shape[0],
-        REPEAT=heads // k.shape[1], D=dim, BLOCK_D=block_d, BLOCK_M=made.block_m, BLOCK_N=made.block_n,
-        PATTERNS=len(layout.rules), GROUPS=groups, PARTS=parts, MAP=logit_map is not None, BIAS=bias is not None,
+        parts=parts, REPEAT=heads // k.shape[1], D=dim, BLOCK_D=block_d, BLOCK_M=made.block_m, BLOCK_N=made.block_n,
+        PATTERNS=len(layout.rules), GROUPS=groups, SPLIT=parts > 1, MAP=logit_map is not None, BIAS=bias is not None,
         GAIN=head_gain is not None, LSE=lse, CONTIGUOUS=made.contiguous,
         PLACES=layout.page is not None, SEGMENTS=layout.segment is not None, MASKED=layout.mask is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **settings,

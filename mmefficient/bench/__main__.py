@@ -39,5 +39,18 @@ def latency(
     print(table(result))
 
 
+@app.command()
+def kernels(
+    out: Annotated[Path, typer.Option(help="Folder for kernels.json.")],
+    only: Annotated[list[str] | None, typer.Option(help="A table to make; repeat for more.")] = None,
+    tune: Annotated[bool, typer.Option(help="Also time other block sizes, warps, stages and schedules.")] = False,
+    seconds: Annotated[float, typer.Option(help="Start no further case after this long.")] = 3600.0,
+) -> None:
+    """The kernels beside their peers and floors; needs a CUDA GPU."""
+    from mmefficient.bench.kernels import run
+
+    raise typer.Exit(0 if run(out, only, tune, seconds) else 1)
+
+
 if __name__ == "__main__":
     app()

@@ -1,0 +1,338 @@
+"""The cases of the kernel table: ours, the peers, and how each is checked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mmefficient.kernels.accuracy import require
+from mmefficient.kernels.compact import compact
+from mmefficient.kernels.decode_attention import decode_attention
+from mmefficient.kernels.decode_attention import kernel as decode_kernel
+from mmefficient.kernels.grouped_attention import (
+    Layout,
+    Pattern,
+    causal,
+    grouped_attention,
+    kernel,
+    make_layout,
+    no_visual_self_attention,
+    reference,
+    window,
+)
+from mmefficient.kernels.key_scores import key_scores
+from mmefficient.kernels.key_scores import reference as scores_reference
+
+SYSTEM, QUESTION, D = 35, 64, 128
+SHAPES = {
+    "1x32 576": (1, 32, 32, 576, 0.020),
+    "8x32 576": (8, 32, 32, 576, 0.065),
+    "1x32 2880": (1, 32, 32, 2880, 0.045),
+    "4x32 2880": (4, 32, 32, 2880, 0.14),
+    "1x28/4 8192": (1, 28, 4, 8192, 0.13),
+    "1x28/4 32768": (1, 28, 4, 32768, 0.50),
+}
+
+
+@dataclass
+class Case:
+    """One timed call. `check` raises AssertionError or returns the error; `facts` go into the row as they are."""
+
+    table: str
+    name: str
+    what: str
+    run: Callable[[], Any]
+    check: Callable[[], float] | None = None
+    timer: Callable[[Callable[[], Any]], float] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Problem:
+    """A prompt of system text, N visual tokens and a question, with random q, k and v in bf16."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    visual: int
+    width: int = 24
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+        self.keys = SYSTEM + self.visual + QUESTION
+        role = torch.full((self.batch, self.keys), 4, device="cuda", dtype=torch.int32)
+        role[:, :SYSTEM], role[:, SYSTEM : SYSTEM + self.visual] = 1, 2
+        place = torch.arange(self.keys, device="cuda", dtype=torch.int32) - SYSTEM
+        place = place.where((place >= 0) & (place < self.visual), -1).expand(self.batch, -1)
+        self.facts = {
+            "role": role,
+            "page": torch.where(role == 2, 0, -1).int(),
+            "row": place // self.width,
+            "col": place % self.width,
+            "group": (role == 2).int(),
+        }
+
+        def random(heads: int) -> torch.Tensor:
+            shape = (self.batch, heads, self.keys, D)
+            return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+        self.q, self.k, self.v = random(self.heads), random(self.kv_heads), random(self.kv_heads)
+
+    def layout(self, pattern: Pattern, **options: Any) -> Layout:
+        return make_layout(**{**self.facts, "groups": 2}, pattern=pattern, **options)
+
+    def bytes(self) -> int:
+        """Each of q, k, v read once and the output written once."""
+        return 2 * self.q.nbytes + self.k.nbytes + self.v.nbytes
+
+    def check(self, pattern: Pattern, run: Callable[[], torch.Tensor]) -> float:
+        """Compare some rows of every kind, in every batch row and head of the last key head, with the definition."""
+        out = run()
+        if not out.isfinite().all():
+            raise AssertionError("the output holds NaN or infinity.")
+        some = torch.cat([torch.arange(0, SYSTEM), SYSTEM + torch.arange(0, self.visual, max(self.visual // 60, 1))])
+        some = torch.cat([some, torch.arange(self.keys - QUESTION, self.keys)]).to("cuda")
+        rows = self.layout(pattern, queries=some.expand(self.batch, -1), impl="reference")
+        repeat = self.heads // self.kv_heads
+        q, k, v, mine = self.q[:, -repeat:, some], self.k[:, -1:], self.v[:, -1:], out[:, -repeat:, some]
+        eager, _ = reference.grouped_attention(q, k, v, rows, None, None, None, D**-0.5, False)
+        wide = (t.double() for t in (q, k, v))
+        exact, _ = reference.grouped_attention(*wide, rows, None, None, None, D**-0.5, False)
+        return require(mine, eager, exact)
+
+
+def dense_peers(table: str, name: str, p: Problem) -> Iterator[Case]:
+    """Causal attention without a pattern, as deployed."""
+    for what, backend in (("cuDNN causal", SDPBackend.CUDNN_ATTENTION), ("FA2 causal", SDPBackend.FLASH_ATTENTION)):
+
+        def run(backend: SDPBackend = backend) -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(
+                    p.q, p.k, p.v, is_causal=True, enable_gqa=p.heads != p.kv_heads
+                )
+
+        yield Case(table, name, what, run)
+
+
+def masked_peers(table: str, name: str, p: Problem, pattern: Pattern) -> Iterator[Case]:
+    """The same pairs with FlexAttention and with a bool mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    pairs = p.layout(pattern, impl="reference").visible()[:1]
+
+    def sdpa() -> torch.Tensor:
+        return F.scaled_dot_product_attention(p.q, p.k, p.v, attn_mask=pairs)
+
+    last, radius, width = SYSTEM + p.visual, pattern.radius, p.width
+
+    def mask_mod(b: Any, h: Any, i: Any, j: Any) -> Any:
+        visual = (i >= SYSTEM) & (i < last)
+        if radius < 0:
+            return torch.where(visual, i == j, j <= i)
+        both = visual & (j >= SYSTEM)
+        high = ((i - SYSTEM) // width - (j - SYSTEM) // width).abs() <= radius
+        wide = ((i - SYSTEM) % width - (j - SYSTEM) % width).abs() <= radius
+        return (j <= i) & (~both | (high & wide))
+
+    blocks = create_block_mask(mask_mod, None, None, p.keys, p.keys, device="cuda", _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    flex = lambda: compiled(p.q, p.k, p.v, block_mask=blocks)  # noqa: E731
+    yield Case(table, name, "FlexAttention, same pairs", flex, lambda: p.check(pattern, flex))
+    yield Case(table, name, "SDPA with a bool mask", sdpa, lambda: p.check(pattern, sdpa))
+
+
+def ours(table: str, name: str, what: str, p: Problem, pattern: Pattern, facts: dict[str, Any]) -> Case:
+    layout = p.layout(pattern)
+    run = lambda: grouped_attention(p.q, p.k, p.v, layout, impl="triton")  # noqa: E731
+    return Case(table, name, what, run, lambda: p.check(pattern, run), facts={"bytes": p.bytes(), **facts})
+
+
+def tuned(
+    table: str,
+    name: str,
+    p: Problem,
+    pattern: Pattern,
+    blocks: tuple[tuple[int, int], ...],
+    overrides: list[dict[str, int]],
+) -> Iterator[Case]:
+    """The same call under other block sizes and settings."""
+    for block in blocks:
+        layout = p.layout(pattern, blocks=block)
+        for choice in overrides:
+
+            def run(layout: Layout = layout, choice: dict[str, int] = choice) -> torch.Tensor:
+                arguments = (p.q, p.k, p.v, layout, None, None, None, D**-0.5, False, False)
+                return kernel.grouped_attention(*arguments, **choice)[0]
+
+            label = " ".join(f"{key.removeprefix('num_')[:5]}{value}" for key, value in choice.items())
+            yield Case(table, name, f"ours {block[0]}x{block[1]} {label}", run, lambda run=run: p.check(pattern, run))
+
+
+def choices(*settings: tuple[int, int, int, int]) -> list[dict[str, int]]:
+    """Overrides of the kernel from (parts, heads first, warps, stages)."""
+    return [dict(zip(("PARTS", "HEADS_FIRST", "num_warps", "num_stages"), s, strict=True)) for s in settings]
+
+
+def pattern_cases(variants: bool) -> Iterator[Case]:
+    pattern = no_visual_self_attention()
+    for name, (batch, heads, kv_heads, visual, reach) in SHAPES.items():
+        p = Problem(batch, heads, kv_heads, visual)
+        if variants:
+            parts = [n for n in (2, 4, 8, 16) if visual >= 256 * n]
+            narrow = choices((1, 0, 4, 3), (1, 1, 4, 3), *((n, 0, 4, 3) for n in parts), (parts[0], 0, 4, 2))
+            yield from tuned("pattern", name, p, pattern, ((64, 64),), [*narrow, *choices((parts[-1], 1, 4, 3))])
+            wide = choices((1, 1, 8, 3), *((n, 0, 8, 3) for n in parts))
+            yield from tuned("pattern", name, p, pattern, ((128, 64),), wide)
+            yield from tuned("pattern", name, p, pattern, ((64, 128),), choices((parts[0], 0, 4, 2)))
+            continue
+        yield ours("pattern", name, "ours", p, pattern, {"reach": reach})
+        yield from dense_peers("pattern", name, p)
+        if visual < 8192:
+            yield from masked_peers("pattern", name, p, pattern)
+
+
+def causal_cases(variants: bool) -> Iterator[Case]:
+    p = Problem(1, 32, 32, 2880)
+    if variants:
+        wide = choices((1, 1, 4, 3), (1, 1, 8, 2), (1, 1, 8, 3), (1, 1, 8, 4))
+        yield from tuned("causal", "1x32 2880", p, causal(), ((128, 64),), wide)
+        yield from tuned("causal", "1x32 2880", p, causal(), ((128, 128),), choices((1, 1, 8, 2)))
+        yield from tuned("causal", "1x32 2880", p, causal(), ((64, 64),), choices((1, 1, 4, 3)))
+        return
+    flops = 4 * p.heads * D * p.keys * (p.keys + 1) // 2
+    layout = p.layout(causal())
+    bias = torch.randn(1, 32, p.keys, device="cuda")
+    maps = torch.rand(3, 1, 32, 2, device="cuda")
+    yield ours("causal", "1x32 2880", "ours", p, causal(), {"flops": flops})
+    yield from dense_peers("causal", "1x32 2880", p)
+    options: dict[str, dict[str, Any]] = {
+        "bias": {"bias": bias}, "map": {"logit_map": maps}, "partials": {"partials": True}, "lse": {"lse": True},
+    }  # fmt: skip
+    visual = no_visual_self_attention()
+    for kind, made in (("ours", layout), ("ours, pattern", p.layout(visual))):
+        for label, extra in options.items():
+
+
+            def run(made: Layout = made, extra: dict[str, Any] = extra) -> Any:
+                return grouped_attention(p.q, p.k, p.v, made, impl="triton", **extra)
+
+            yield Case("causal", "1x32 2880", f"{kind} + {label}", run)
+
+
+def window_cases(variants: bool) -> Iterator[Case]:
+    p = Problem(1, 32, 32, 96 * 96, width=96)
+    pattern = window(2)
+    if variants:
+        settings = choices((1, 1, 4, 2), (1, 1, 4, 3), (1, 1, 8, 2), (1, 1, 8, 3))
+        yield from tuned("window", "96x96 r2", p, pattern, ((64, 64), (128, 64)), settings)
+        yield from tuned("window", "96x96 r2", p, pattern, ((128, 32), (64, 32)), settings[1:2])
+        return
+    yield ours("window", "96x96 r2", "ours", p, pattern, {})
+    yield from dense_peers("window", "96x96 r2", p)
+    yield from masked_peers("window", "96x96 r2", p, pattern)
+
+
+def decode_cases(variants: bool) -> Iterator[Case]:
+    for batch in (1, 8):
+        for keys in (675, 3000):
+            q = torch.randn(batch, 32, 1, D, device="cuda", dtype=torch.bfloat16)
+            k, v = (torch.randn(batch, 32, keys, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+            lengths = torch.full((batch,), keys, device="cuda", dtype=torch.int32)
+            name = f"{batch}x32 {keys}"
+
+            def check(run: Callable[[], torch.Tensor], q: Any = q, k: Any = k, v: Any = v) -> float:
+                exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+                eager = ((q @ k.transpose(2, 3)).float() * D**-0.5).softmax(-1).bfloat16() @ v
+                return require(run(), eager, exact)
+
+            if variants:
+                for block, warps, stages in ((32, 4, 4), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 3), (64, 2, 4)):
+                    for parts in (4, 8, 16) if batch == 1 else (1, 2, 4, 8):
+                        choice = {"BLOCK_N": block, "num_warps": warps, "num_stages": stages, "PARTS": parts}
+                        arguments = (q, k, v, lengths, None, None, 0, None, None, None, D**-0.5)
+                        variant = lambda a=arguments, c=choice: decode_kernel.decode_attention(*a, **c)[0]  # noqa: E731
+                        label = f"ours n{block} warps{warps} stages{stages} parts{parts}"
+                        yield Case("decode", name, label, variant, lambda run=variant, check=check: check(run))
+                continue
+            run = lambda q=q, k=k, v=v, n=lengths: decode_attention(q, k, v, n, impl="triton")  # noqa: E731
+            moved = {"bytes": 2 * k.nbytes}
+            yield Case("decode", name, "ours", run, lambda run=run, check=check: check(run), facts=moved)
+            yield Case("decode", name, "ours, replayed graph", run, timer=graph_ms, facts=moved)
+            peer = lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
+            yield Case("decode", name, "SDPA", peer)
+            yield Case("decode", name, "SDPA, replayed graph", peer, timer=graph_ms)
+
+
+def score_cases(variants: bool) -> Iterator[Case]:
+    if variants:
+        return
+    p = Problem(1, 32, 32, 2880)
+    row = p.q[:, :, -1:].contiguous()
+
+    def check() -> float:
+        found = key_scores(row, p.k, scale=D**-0.5, impl="triton")
+        eager = scores_reference.key_scores(row, p.k, D**-0.5, None, None, None)
+        exact = (row.double() @ p.k.double().transpose(2, 3) * D**-0.5).softmax(-1).sum(2)
+        return require(found, eager, exact)
+
+    for what, lse in (("ours", None), ("ours, lse given", torch.zeros(1, 32, 1, device="cuda"))):
+        run = lambda lse=lse: key_scores(row, p.k, scale=D**-0.5, lse=lse, impl="triton")  # noqa: E731
+        yield Case("scores", "1x32 2880, 1 row", what, run, check, facts={"bytes": p.k.nbytes})
+    keep = torch.arange(0, p.keys, 4, device="cuda", dtype=torch.int32)[None]
+    pair = lambda: compact(p.k, p.v, keep, impl="triton")  # noqa: E731
+    yield Case("compact", "1x32 2880 -> 1/4", "ours", pair, facts={"bytes": p.k.nbytes})
+    index = keep[0].long()
+    yield Case("compact", "1x32 2880 -> 1/4", "two index_select", lambda: (p.k[:, :, index], p.v[:, :, index]))
+
+
+def layout_cases(variants: bool) -> Iterator[Case]:
+    if variants:
+        return
+    for visual in (576, 2880, 32768):
+        p = Problem(1, 1, 1, visual)
+        for label, pattern in (("causal", causal()), ("no visual self-attention", no_visual_self_attention())):
+            build = lambda p=p, pattern=pattern: make_layout(p.facts["role"], pattern)  # noqa: E731
+            yield Case("layout", str(visual), f"ours, {label}", build, timer=wall_ms)
+
+
+def graph_ms(run: Callable[[], Any]) -> float:
+    """Milliseconds of one call inside a replayed CUDA graph; the L2 cache is warm."""
+    from triton.testing import do_bench_cudagraph
+
+    return float(do_bench_cudagraph(run, rep=40, return_mode="median"))
+
+
+def wall_ms(run: Callable[[], Any]) -> float:
+    """Median wall time of a call that waits for the device."""
+    times = []
+    for _ in range(30):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+TABLES: dict[str, Callable[[bool], Iterator[Case]]] = {
+    "pattern": pattern_cases,
+    "causal": causal_cases,
+    "decode": decode_cases,
+    "scores": score_cases,
+    "layout": layout_cases,
+    "window": window_cases,
+}
+
+
+def every(only: list[str] | None, tune: bool) -> Iterator[Case]:
+    """The cases of the chosen tables, made when they are due; the variants that `tune` adds come after all others."""
+    for variants in (False, True) if tune else (False,):
+        for name, make in TABLES.items():
+            if not only or name in only:
+                yield from make(variants)
