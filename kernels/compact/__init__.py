@@ -52,7 +52,7 @@ def compact_rows(
     """
     if x.ndim != 3 or keep.ndim != 2 or positions.shape[-2:] != x.shape[:2]:
         raise ValueError(
-            f"x {tuple(x.shape)}, positions {tuple(positions.shape)} and keep {tuple(keep.shape)} do not fit each other."
+            f"x {tuple(x.shape)}, positions {tuple(positions.shape)}, keep {tuple(keep.shape)} do not fit each other."
         )
     axes = positions[None] if positions.ndim == 2 else positions
     rows, ids = _two(x[:, None], axes.transpose(0, 1)[..., None], keep[:, None], impl)
