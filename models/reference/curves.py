@@ -1,4 +1,4 @@
-"""Draw a training log: ``python -m mmefficient.models.reference.curves LOG PNG`` (needs matplotlib, in the extra eval)."""
+"""Draw a training log: ``python -m mmefficient.models.reference.curves LOG PNG`` (matplotlib: extra `eval`)."""
 
 from __future__ import annotations
 

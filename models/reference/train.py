@@ -171,8 +171,8 @@ class Run:
 
 def main(
     out: Annotated[Path, typer.Option(help="Where state, log and checkpoint go; an existing state is resumed.")],
-    tower_steps: Annotated[int, typer.Option(help="Steps of the tower phase.")] = 2000,
-    steps: Annotated[int, typer.Option(help="Steps of the question phase.")] = 9000,
+    tower_steps: Annotated[int, typer.Option(help="Steps of the tower phase.")] = 1500,
+    steps: Annotated[int, typer.Option(help="Steps of the question phase.")] = 4000,
     batch_size: Annotated[int, typer.Option(help="Pictures per step.")] = 256,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     decay: Annotated[float, typer.Option(help="Share of each phase over which the learning rate falls to zero.")] = 0.3,

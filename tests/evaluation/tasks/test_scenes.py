@@ -78,7 +78,7 @@ def test_pictures_are_told_apart_by_content(records: list[Record]) -> None:
 
 
 def test_scenes_run_from_end_to_end(vlm: VLM) -> None:
-    report = run_eval("scenes", ["exit(layer=2)"], vlm, limit=2, batch_size=3, resamples=10)
+    report = run_eval("scenes", ["exit(layer=2)"], vlm, limit=2 * len(KINDS), batch_size=3, resamples=10)
     for plan in report["plans"]:
         kinds = {name.rpartition("/")[0] for name in plan["metrics"]}
         assert kinds == {*KINDS, "mean", "existence"}
