@@ -25,7 +25,7 @@ def compact(
 
     Raises:
         ValueError: shapes that do not fit each other.
-        RuntimeError: impl="triton" where it cannot run.
+        RuntimeError: impl="triton" where it cannot run, or where an input requires a gradient.
     """
     index = keep[:, None] if keep.ndim == 2 else keep
     if k.ndim != 4 or v.ndim != 4 or index.ndim != 3 or index.shape[1] not in (1, k.shape[1]):
@@ -48,7 +48,7 @@ def compact_rows(
 
     Raises:
         ValueError: shapes that do not fit each other.
-        RuntimeError: impl="triton" where it cannot run.
+        RuntimeError: impl="triton" where it cannot run, or where an input requires a gradient.
     """
     if x.ndim != 3 or keep.ndim != 2 or positions.shape[-2:] != x.shape[:2]:
         raise ValueError(
@@ -61,8 +61,8 @@ def compact_rows(
 
 
 def _two(x: torch.Tensor, y: torch.Tensor, keep: torch.Tensor, impl: Impl) -> tuple[torch.Tensor, torch.Tensor]:
-    if uses_triton(impl, x):
-        from mmefficient.kernels.compact.op import compact_op
+    if uses_triton(impl, x, y):
+        from mmefficient.kernels.compact import kernel, op
 
-        return compact_op(x, y, keep)
+        return op.compact_op(x, y, keep) if torch.compiler.is_compiling() else kernel.gather_two(x, y, keep)
     return reference.gather_rows(x, keep), reference.gather_rows(y, keep)

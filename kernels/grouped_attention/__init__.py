@@ -45,7 +45,7 @@ def grouped_attention(
     lse: bool = False,
     impl: Impl = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the pairs of `layout`, forward and (for q, k, v, without partials) backward.
+    """Attention over the pairs of `layout`. Only the reference has a backward: impl="auto" takes it for gradients.
 
     Logits s = scale * q.k become a * s + b * |s| + c, where the key's group has a map, plus the key's bias; pairs that
     do not exist are -inf; the softmax and all sums run in float32. A row that sees nothing gives zeros.
@@ -54,10 +54,10 @@ def grouped_attention(
         q: [B, Hq, Nq, D], float16, bfloat16 or float32; k, v: [B, Hkv, Nk, D] with Hkv dividing Hq; any strides with
             the last one 1. Nk >= Nq: rows stand for the keys that `layout` names.
         layout: from `make_layout`, shared by all layers of a prompt.
-        bias: added to the logits, broadcastable to [B, Hq, Nk]. No gradient.
+        bias: added to the logits, broadcastable to [B, Hq, Nk].
         logit_map: (a, b, c) per head and key group, [3, B or 1, Hq, groups]. An additive bias per group is
-            a = 1, b = 0, c. No gradient.
-        head_gain: factor on the output, broadcastable to [B, Hq, Nq]. No gradient.
+            a = 1, b = 0, c.
+        head_gain: factor on the output, broadcastable to [B, Hq, Nq].
         scale: None = D ** -0.5.
         partials: return every key group's own softmax instead of one over all keys. With m_g its mass under the whole
             softmax, softmax over g of the log-sum-exps, plain attention is the sum of m_g * out_g, and any other mix of
@@ -71,16 +71,19 @@ def grouped_attention(
         [groups, B, Hq, Nq].
 
     Raises:
-        ValueError: shapes that do not fit each other, or a gradient that does not exist.
-        RuntimeError: impl="triton" where it cannot run.
+        ValueError: shapes that do not fit each other.
+        RuntimeError: impl="triton" where it cannot run, or where an input requires a gradient.
     """
     _check(q, k, v, layout, bias, logit_map, head_gain, partials)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if uses_triton(impl, q):
-        from mmefficient.kernels.grouped_attention.op import grouped_op, pack
+    if uses_triton(impl, q, k, v, bias, logit_map, head_gain):
+        from mmefficient.kernels.grouped_attention import kernel, op
 
-        keep = lse or partials or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        out, found = grouped_op(q, k, v, *pack(layout), bias, logit_map, head_gain, scale, partials, keep)
+        options = (bias, logit_map, head_gain, scale, partials, lse or partials)
+        if torch.compiler.is_compiling():
+            out, found = op.grouped_op(q, k, v, *op.pack(layout), *options)
+        else:  # past the dispatch of torch, which takes longer than a short prompt's attention
+            out, found = kernel.grouped_attention(q, k, v, layout, *options)
     else:
         out, found = reference.grouped_attention(q, k, v, layout, bias, logit_map, head_gain, scale, partials)
     return (out, found) if lse or partials else out
@@ -121,5 +124,3 @@ def _check(
         raise ValueError("partial results and logit maps need a layout with key groups; give make_layout group=...")
     if logit_map is not None and logit_map.shape[-1] != layout.groups:
         raise ValueError(f"logit_map has {logit_map.shape[-1]} groups, the layout {layout.groups}.")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (bias, logit_map, head_gain)):
-        raise ValueError("bias, logit_map and head_gain have no gradient; detach them.")

@@ -11,22 +11,22 @@ import torch
 import triton
 import triton.language as tl
 
-from mmefficient.kernels.common import processors
+from mmefficient.kernels.common import power_below, processors
 from mmefficient.kernels.grouped_attention.layout import Layout
-from mmefficient.kernels.grouped_attention.schedule import pair_arguments, pairs, query_facts
+from mmefficient.kernels.grouped_attention.schedule import pairs, query_facts
 from mmefficient.kernels.merge import merge
 
 MIN_BLOCKS_PER_PART = 4
 
 
 @triton.jit
-def mapped(s, factors, bias_row, of, key, real, scale, MAP: tl.constexpr, BIAS: tl.constexpr):
-    """Base-2 logits after scale, map by group and bias; `factors` points at a, b and c of this head, 3 rows of 4."""
+def mapped(s, factors, map_f, map_g, bias_row, of, key, real, scale, MAP: tl.constexpr, BIAS: tl.constexpr):
+    """Base-2 logits after scale, map by group and bias; `factors` points at this head's a, `map_f` before b and c."""
     if MAP:
         s = s * scale
-        a = tl.load(factors + of)
-        m = tl.load(factors + 4 + of)
-        c = tl.load(factors + 8 + of)
+        a = tl.load(factors + of * map_g).to(tl.float32)
+        m = tl.load(factors + map_f + of * map_g).to(tl.float32)
+        c = tl.load(factors + 2 * map_f + of * map_g).to(tl.float32)
         s = (a[None] * s + m[None] * tl.abs(s) + c[None]) * 1.4426950408889634
     else:
         s = s * (scale * 1.4426950408889634)
@@ -38,7 +38,8 @@ def mapped(s, factors, bias_row, of, key, real, scale, MAP: tl.constexpr, BIAS: 
 @triton.jit
 def _step(
     x, top, total, acc, facts, own, n, kb, k, v, k_n, v_n,
-    rules, role, page, row, col, segment, groups_of, mask, base, mask_base, keys, factors, bias_row, scale, wanted,
+    rules, role, page, row, col, segment, groups_of, mask, base, mask_base, keys, factors, map_f, map_g, bias_row,
+    scale, wanted,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, MAP: tl.constexpr,
     BIAS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -62,7 +63,7 @@ def _step(
     of = key
     if MAP or (GROUPS > 1 and PARTIAL):
         of = tl.load(groups_of + key, mask=real, other=0)
-    logit = mapped(raw, factors, bias_row, of, key, real, scale, MAP, BIAS)
+    logit = mapped(raw, factors, map_f, map_g, bias_row, of, key, real, scale, MAP, BIAS)
     if PARTIAL:
         ok = pairs(
             facts, own, key, n, rules, role, page, row, col, segment, mask, base, mask_base, keys,
@@ -85,7 +86,7 @@ def _step(
 @triton.jit
 def _soft_rows(
     item, bh, b, bs, q, k, v, out, lse, part_out, part_lse, soft, blocks, counts, order, queries, rules,
-    role, page, row, col, segment, group, mask, bias, factors, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale,
+    role, page, row, col, segment, group, mask, bias, factors, map_f, map_g, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale,
     batch, heads, rows, keys, padded, q_blocks, k_blocks, kinds, parts,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
     GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
@@ -123,15 +124,15 @@ def _soft_rows(
         kb = start + i if CONTIGUOUS else tl.load(all_blocks + i)
         top, total, acc = _step(
             x, top, total, acc, facts, own, n, kb, k, v, k_n, v_n, rules, role, page, row, col, segment,
-            group + base, mask, base, mask_base, keys, factors, bias, scale, g, D, BLOCK_D, BLOCK_N, GROUPS, MAP,
-            BIAS, PLACES, SEGMENTS, MASKED, False, PRECISION,
+            group + base, mask, base, mask_base, keys, factors, map_f, map_g, bias, scale, g, D, BLOCK_D, BLOCK_N,
+            GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, False, PRECISION,
         )  # fmt: skip
     for i in range(tl.maximum(first - full, 0), tl.maximum(stop - full, 0)):
         kb = tl.load(some_blocks + i)
         top, total, acc = _step(
             x, top, total, acc, facts, own, n, kb, k, v, k_n, v_n, rules, role, page, row, col, segment,
-            group + base, mask, base, mask_base, keys, factors, bias, scale, g, D, BLOCK_D, BLOCK_N, GROUPS, MAP,
-            BIAS, PLACES, SEGMENTS, MASKED, True, PRECISION,
+            group + base, mask, base, mask_base, keys, factors, map_f, map_g, bias, scale, g, D, BLOCK_D, BLOCK_N,
+            GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, True, PRECISION,
         )  # fmt: skip
     factor = 1.0 / tl.where(total == 0, 1.0, total)
     if GAIN:
@@ -151,7 +152,7 @@ def _soft_rows(
 
 @triton.jit
 def _rest_rows(
-    item, bh, b, bs, q, k, v, out, lse, rest, source, group, bias, factors, gain,
+    item, bh, b, bs, q, k, v, out, lse, rest, source, group, bias, factors, map_f, map_g, gain,
     q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr, MAP: tl.constexpr,
     BIAS: tl.constexpr, GAIN: tl.constexpr, LSE: tl.constexpr,
@@ -175,7 +176,8 @@ def _rest_rows(
     if LSE:
         x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=inside, other=0.0).to(tl.float32)
         y = tl.load(k + own[:, None].to(tl.int64) * k_n + d[None], mask=inside, other=0.0).to(tl.float32)
-        level = mapped(tl.sum(x * y, 1)[None], factors, bias, tl.maximum(of, 0), own, sees, scale, MAP, BIAS)
+        s = tl.sum(x * y, 1)[None]
+        level = mapped(s, factors, map_f, map_g, bias, tl.maximum(of, 0), own, sees, scale, MAP, BIAS)
         level = tl.where(sees, tl.reshape(level, [BLOCK_M]) * 0.6931471805599453, float("-inf"))
     at = out + n[:, None].to(tl.int64) * o_n + d[None]
     for g in tl.static_range(GROUPS):
@@ -195,8 +197,8 @@ def _forward(
     q, k, v, out, lse, part_out, part_lse,
     soft, rest, source, blocks, counts, order, queries, rules, head_pattern,
     role, page, row, col, segment, group, mask, bias, factors, gain,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_g, o_b, o_h, o_n, bias_b, bias_h, gain_b, gain_h, gain_n, scale,
-    batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, rest_blocks, kinds, parts,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_g, o_b, o_h, o_n, bias_b, bias_h, map_f, map_b,
+    map_h, map_g, gain_b, gain_h, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, rest_blocks, kinds, parts,
     REPEAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PATTERNS: tl.constexpr, GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
     GAIN: tl.constexpr, LSE: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -220,38 +222,38 @@ def _forward(
     out += b.to(tl.int64) * o_b + h.to(tl.int64) * o_h
     gain += b.to(tl.int64) * gain_b + h.to(tl.int64) * gain_h
     bias += b.to(tl.int64) * bias_b + h.to(tl.int64) * bias_h
-    factors += bh * 12
+    factors += b.to(tl.int64) * map_b + h * map_h
     if item < soft_items:
         _soft_rows(
             item, bh, b, bs, q, k, v, out, lse, part_out, part_lse, soft, blocks, counts, order,
-            queries, rules, role, page, row, col, segment, group, mask, bias, factors, gain, q_n,
+            queries, rules, role, page, row, col, segment, group, mask, bias, factors, map_f, map_g, gain, q_n,
             k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks,
             kinds, parts, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS, GROUPS, SPLIT, MAP, BIAS, GAIN, LSE,
             CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip
     else:
         _rest_rows(
-            item - soft_items, bh, b, bs, q, k, v, out, lse, rest, source, group, bias, factors, gain,
+            item - soft_items, bh, b, bs, q, k, v, out, lse, rest, source, group, bias, factors, map_f, map_g, gain,
             q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, D, BLOCK_D,
             BLOCK_M, GROUPS, MAP, BIAS, GAIN, LSE,
         )  # fmt: skip
 
 
-def tuning(layout: Layout, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Warps and pipeline stages for blocks of this size."""
-    made = layout.schedule
-    assert made is not None
+def tuning(block_m: int, head_dim: int, dtype: torch.dtype, places: bool) -> dict[str, int]:
+    """Warps and pipeline stages for blocks of `block_m` rows; `places`: the pattern compares places."""
     if dtype == torch.float32:
         return {"num_warps": 4, "num_stages": 1 if head_dim > 128 else 2}
-    return {"num_warps": 8 if made.block_m * head_dim > 8192 else 4, "num_stages": 2 if head_dim > 128 else 3}
+    return {"num_warps": 8 if block_m * head_dim > 8192 else 4, "num_stages": 2 if head_dim > 128 or places else 3}
 
 
-def parts_for(layout: Layout, programs: int, device: torch.device) -> int:
-    """Into how many parts the keys of a query block are split so that every processor has work."""
-    made = layout.schedule
-    assert made is not None
-    wanted = triton.cdiv(2 * processors(device), max(programs, 1))
-    return max(1, min(wanted, made.longest // MIN_BLOCKS_PER_PART, 16))
+def parts_for(programs: int, longest: int, device: torch.device) -> int:
+    """Into how many parts the keys of a query block are split: one, as soon as every processor has a program.
+
+    Else a power of two: at least four of the `longest` key blocks to a part, eight programs to a processor, 16 parts.
+    """
+    if programs >= processors(device):
+        return 1
+    return power_below(min(longest // MIN_BLOCKS_PER_PART, 8 * processors(device) // max(programs, 1), 16))
 
 
 def grouped_attention(
@@ -276,47 +278,42 @@ def grouped_attention(
     out = q.new_empty(groups, *q.shape, dtype=torch.float32) if partials else torch.empty_like(q)
     found = torch.empty(groups, batch if lse else 0, heads, rows, dtype=torch.float32, device=q.device)
     programs = made.soft_blocks * batch * heads * groups
-    parts = override.pop("PARTS", 0) or parts_for(layout, programs, q.device)
+    parts = override.pop("PARTS", 0) or parts_for(programs, made.longest, q.device)
     slots = made.soft.shape[-1]
-    shape = (groups * parts if parts > 1 else 0, batch, heads, slots)
-    part_out = torch.empty(*shape, dim, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    part_out = part_lse = found
+    if parts > 1:
+        part_out = torch.empty(groups * parts, batch, heads, slots, dim, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(groups * parts, batch, heads, slots, dtype=torch.float32, device=q.device)
     spare = layout.role
-    factors = spare if logit_map is None else _factors(logit_map, batch, heads)
-    gain = spare if head_gain is None else head_gain.expand(batch, heads, rows)
-    gain_strides = (0, 0, 0) if head_gain is None else gain.stride()
-    bias_row = spare if bias is None else bias.expand(batch, heads, keys).contiguous()
-    bias_strides = (0, 0) if bias is None else bias_row.stride()[:2]
-    settings = tuning(layout, dim, q.dtype) | {"HEADS_FIRST": int(parts == 1)} | override
-    block_d = max(16, triton.next_power_of_2(dim))
+    bias_row, bias_strides = spare, (0, 0)
+    if bias is not None:
+        bias_row = bias.expand(batch, heads, keys)
+        bias_row = bias_row if bias_row.stride(2) == 1 else bias_row.contiguous()
+        bias_strides = bias_row.stride()[:2]
+    factors, map_strides = spare, (0, 0, 0, 0)
+    if logit_map is not None:
+        factors = logit_map.expand(3, batch, heads, -1)
+        map_strides = factors.stride()
+    gain, gain_strides = spare, (0, 0, 0)
+    if head_gain is not None:
+        gain = head_gain.expand(batch, heads, rows)
+        gain_strides = gain.stride()
+    settings = tuning(made.block_m, dim, q.dtype, layout.page is not None) | {"HEADS_FIRST": 1} | override
     items = made.soft_blocks * groups * parts + made.rest_blocks
-    head_pattern = spare if layout.head_pattern is None else layout.head_pattern
     _forward[(items * batch * heads,)](
         q, k, v, out, found, part_out, part_lse,
         made.soft, made.rest, made.source, made.blocks, made.counts, made.order, layout.queries, layout.rules,
-        head_pattern, **pair_arguments(layout), bias=bias_row, factors=factors, gain=gain,
-        q_b=q.stride(0), q_h=q.stride(1), q_n=q.stride(2),
-        k_b=k.stride(0), k_h=k.stride(1), k_n=k.stride(2),
-        v_b=v.stride(0), v_h=v.stride(1), v_n=v.stride(2),
-        o_g=out.stride(0) if partials else 0, o_b=out.stride(-4), o_h=out.stride(-3), o_n=out.stride(-2),
-        bias_b=bias_strides[0], bias_h=bias_strides[1],
-        gain_b=gain_strides[0], gain_h=gain_strides[1], gain_n=gain_strides[2], scale=scale,
-        batch=batch, heads=heads, rows=rows, keys=keys, padded=slots,
-        q_blocks=made.order.shape[-1], k_blocks=made.state.shape[-1],
-        soft_blocks=made.soft_blocks, rest_blocks=made.rest_blocks, kinds=made.state.shape[0],
-        parts=parts, REPEAT=heads // k.shape[1], D=dim, BLOCK_D=block_d, BLOCK_M=made.block_m, BLOCK_N=made.block_n,
-        PATTERNS=len(layout.rules), GROUPS=groups, SPLIT=parts > 1, MAP=logit_map is not None, BIAS=bias is not None,
-        GAIN=head_gain is not None, LSE=lse, CONTIGUOUS=made.contiguous,
-        PLACES=layout.page is not None, SEGMENTS=layout.segment is not None, MASKED=layout.mask is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **settings,
+        spare if layout.head_pattern is None else layout.head_pattern, *layout.pair_facts, bias_row, factors, gain,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], out.stride(0) if partials else 0, *out.stride()[-4:-1],
+        *bias_strides, *map_strides, *gain_strides, scale, batch, heads, rows, keys, slots,
+        made.order.shape[-1], made.state.shape[-1], made.soft_blocks, made.rest_blocks, made.state.shape[0], parts,
+        REPEAT=heads // k.shape[1], D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_M=made.block_m, BLOCK_N=made.block_n, PATTERNS=len(layout.rules), GROUPS=groups, SPLIT=parts > 1,
+        MAP=logit_map is not None, BIAS=bias is not None, GAIN=head_gain is not None, LSE=lse,
+        CONTIGUOUS=made.contiguous, PLACES=layout.page is not None, SEGMENTS=layout.segment is not None,
+        MASKED=layout.mask is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **settings,
     )  # fmt: skip
     if parts > 1:
         used = made.soft_blocks * made.block_m
         merge(part_out, part_lse, out, found if lse else None, parts, used, made.soft, layout.head_pattern)
     return out, found if partials else found[0]
-
-
-def _factors(logit_map: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
-    """[B, Hq, 3, 4] float32 of a map [3, B or 1, Hq, groups]."""
-    wide = logit_map.float().expand(3, batch, heads, -1).permute(1, 2, 0, 3)
-    return torch.nn.functional.pad(wide, (0, 4 - wide.shape[-1])).contiguous()

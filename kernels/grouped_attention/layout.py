@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -75,6 +76,12 @@ class Layout:
     groups: int
     schedule: Schedule | None
 
+    @cached_property
+    def pair_facts(self) -> tuple[torch.Tensor, ...]:
+        """Role, page, row, column, segment, group and mask as the kernels take them; unused ones point anywhere."""
+        facts = (self.page, self.row, self.col, self.segment, self.group, self.mask)
+        return self.role, *(self.role if fact is None else fact for fact in facts)
+
     def visible(self) -> torch.Tensor:
         """bool [B, patterns, Nq, Nk]: the pairs that exist. Quadratic memory: for the reference and for tests."""
         own = self.queries.long()
@@ -101,11 +108,9 @@ class Layout:
         return pairs if self.mask is None else pairs & self.mask[:, None]
 
 
-def default_blocks(head_dim: int, dtype: torch.dtype, queries: int) -> tuple[int, int]:
-    """Rows and keys of a block that fit the shared memory of a Hopper or Ampere GPU."""
-    if dtype == torch.float32:
-        return (32, 32) if head_dim > 128 else (64, 32)
-    return (64 if head_dim > 128 or queries < 512 else 128), 64
+def default_blocks(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows and keys of a block. 64 rows beat 128 in every measured case (docs/kernels.md)."""
+    return (32 if head_dim > 128 else 64, 32) if dtype == torch.float32 else (64, 64)
 
 
 def make_layout(
@@ -190,5 +195,5 @@ def make_layout(
         return layout
     from mmefficient.kernels.grouped_attention.schedule import schedule
 
-    return schedule(layout, *(blocks or default_blocks(head_dim, dtype, queries.shape[1])))
+    return schedule(layout, *(blocks or default_blocks(head_dim, dtype)))
 

@@ -205,14 +205,6 @@ def list_blocks(
     return blocks, counts
 
 
-def pair_arguments(layout: Layout) -> dict[str, torch.Tensor]:
-    """The facts that `query_facts` and `pairs` read; unused ones point anywhere."""
-    spare = layout.role
-    names = ("page", "row", "col", "segment", "group", "mask")
-    facts = {name: getattr(layout, name) for name in names}
-    return {"role": layout.role, **{name: spare if fact is None else fact for name, fact in facts.items()}}
-
-
 def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
     """The layout with its `Schedule` for blocks of `block_m` rows by `block_n` keys."""
     batch, rows = layout.queries.shape
@@ -223,7 +215,6 @@ def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
     soft, rest, source = split
     needs = torch.zeros(5, dtype=torch.int32, device=device)
     step = min(1024, triton.next_power_of_2(rows))
-    facts = pair_arguments(layout)
     _sort_rows[(batch, patterns)](
         layout.role, layout.queries, layout.rules, soft, rest, source, needs, keys, rows, padded, patterns,
         SIMPLE=layout.mask is None, STEP=step,
@@ -231,8 +222,8 @@ def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
     kinds = 1 if layout.groups == 1 else 1 + layout.groups
     state = torch.empty(kinds, batch, patterns, q_blocks, k_blocks, dtype=torch.int8, device=device)
     _classify[(k_blocks, q_blocks, batch * patterns)](
-        soft, state, layout.queries, layout.rules, **facts, keys=keys, rows=rows, padded=padded, batch=batch,
-        patterns=patterns, q_blocks=q_blocks, k_blocks=k_blocks, GROUPS=kinds,
+        soft, state, layout.queries, layout.rules, *layout.pair_facts, keys, rows, padded, batch, patterns,
+        q_blocks, k_blocks, GROUPS=kinds,
         PLACES=layout.page is not None, SEGMENTS=layout.segment is not None, MASKED=layout.mask is not None,
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
     )  # fmt: skip

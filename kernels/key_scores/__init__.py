@@ -26,7 +26,7 @@ def key_scores(
 ) -> torch.Tensor:
     """Attention probability each key receives from the given query rows.
 
-    Memory grows with rows + keys. Accumulates in float32 whatever the inputs are; not differentiable in the kernel.
+    Memory grows with rows + keys. Accumulates in float32 whatever the inputs are; only the reference has a backward.
 
     Args:
         query: the chosen query rows, [B, Hq, R, D], rotary positions already applied.
@@ -44,14 +44,17 @@ def key_scores(
 
     Raises:
         ValueError: shapes that do not fit each other.
-        RuntimeError: impl="triton" where it cannot run.
+        RuntimeError: impl="triton" where it cannot run, or where an input requires a gradient.
     """
     if query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
         raise ValueError(f"query {tuple(query.shape)} does not fit key {tuple(key.shape)}.")
-    run = reference.key_scores
-    if uses_triton(impl, query):
-        from mmefficient.kernels.key_scores.op import key_scores_op as run
-    found = run(query, key, scale, mask, last, lse)
+    if uses_triton(impl, query, key, mask, lse):
+        from mmefficient.kernels.key_scores import kernel, op
+
+        run = op.key_scores_op if torch.compiler.is_compiling() else kernel.key_scores
+        found = run(query, key, scale, mask, last, lse)
+    else:
+        found = reference.key_scores(query, key, scale, mask, last, lse)
     if rows == "mean":
         found = found / query.shape[2]
     return found if heads == "each" else found.mean(1) if heads == "mean" else found.sum(1)
