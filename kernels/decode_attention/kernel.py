@@ -102,10 +102,9 @@ def tuning(rows: int, head_dim: int, dtype: torch.dtype, limit: int) -> dict[str
     block_d = max(16, triton.next_power_of_2(head_dim))
     chosen = {"BLOCK_M": min(max(16, triton.next_power_of_2(rows)), MAX_BLOCK_M)}
     chosen |= {"BLOCK_N": 32 if narrow else 64, "num_warps": 4, "num_stages": 2 if narrow else 3}
-    while need(chosen, block_d, dtype.itemsize) > limit and chosen["num_stages"] > 1:
-        chosen["num_stages"] -= 1
-    while need(chosen, block_d, dtype.itemsize) > limit and chosen["BLOCK_N"] > 16:
-        chosen["BLOCK_N"] //= 2
+    for name, least in (("num_stages", 1), ("BLOCK_N", 16), ("BLOCK_M", 16)):
+        while need(chosen, block_d, dtype.itemsize) > limit and chosen[name] > least:
+            chosen[name] -= 1 if name == "num_stages" else chosen[name] // 2
     return chosen
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mmefficient.bench.kernel_problem import SYSTEM, Case, D, Problem
 from mmefficient.kernels.accuracy import require
 from mmefficient.kernels.compact import compact
 from mmefficient.kernels.decode_attention import decode_attention
@@ -23,13 +23,11 @@ from mmefficient.kernels.grouped_attention import (
     kernel,
     make_layout,
     no_visual_self_attention,
-    reference,
     window,
 )
 from mmefficient.kernels.key_scores import key_scores
 from mmefficient.kernels.key_scores import reference as scores_reference
 
-SYSTEM, QUESTION, D = 35, 64, 128
 SHAPES = {
     "1x32 576": (1, 32, 32, 576, 0.020),
     "8x32 576": (8, 32, 32, 576, 0.065),
@@ -38,73 +36,6 @@ SHAPES = {
     "1x28/4 8192": (1, 28, 4, 8192, 0.13),
     "1x28/4 32768": (1, 28, 4, 32768, 0.50),
 }
-
-
-@dataclass
-class Case:
-    """One timed call. `check` raises AssertionError or returns the error; `facts` go into the row as they are."""
-
-    table: str
-    name: str
-    what: str
-    run: Callable[[], Any]
-    check: Callable[[], float] | None = None
-    timer: Callable[[Callable[[], Any]], float] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Problem:
-    """A prompt of system text, N visual tokens and a question, with random q, k and v in bf16."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    visual: int
-    width: int = 24
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
-        self.keys = SYSTEM + self.visual + QUESTION
-        role = torch.full((self.batch, self.keys), 4, device="cuda", dtype=torch.int32)
-        role[:, :SYSTEM], role[:, SYSTEM : SYSTEM + self.visual] = 1, 2
-        place = torch.arange(self.keys, device="cuda", dtype=torch.int32) - SYSTEM
-        place = place.where((place >= 0) & (place < self.visual), -1).expand(self.batch, -1)
-        self.facts = {
-            "role": role,
-            "page": torch.where(role == 2, 0, -1).int(),
-            "row": place // self.width,
-            "col": place % self.width,
-            "group": (role == 2).int(),
-        }
-
-        def random(heads: int) -> torch.Tensor:
-            shape = (self.batch, heads, self.keys, D)
-            return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
-
-        self.q, self.k, self.v = random(self.heads), random(self.kv_heads), random(self.kv_heads)
-
-    def layout(self, pattern: Pattern, **options: Any) -> Layout:
-        return make_layout(**{**self.facts, "groups": 2}, pattern=pattern, **options)
-
-    def bytes(self) -> int:
-        """Each of q, k, v read once and the output written once."""
-        return 2 * self.q.nbytes + self.k.nbytes + self.v.nbytes
-
-    def check(self, pattern: Pattern, run: Callable[[], torch.Tensor]) -> float:
-        """Compare some rows of every kind, in every batch row and head of the last key head, with the definition."""
-        out = run()
-        if not out.isfinite().all():
-            raise AssertionError("the output holds NaN or infinity.")
-        some = torch.cat([torch.arange(0, SYSTEM), SYSTEM + torch.arange(0, self.visual, max(self.visual // 60, 1))])
-        some = torch.cat([some, torch.arange(self.keys - QUESTION, self.keys)]).to("cuda")
-        rows = self.layout(pattern, queries=some.expand(self.batch, -1), impl="reference")
-        repeat = self.heads // self.kv_heads
-        q, k, v, mine = self.q[:, -repeat:, some], self.k[:, -1:], self.v[:, -1:], out[:, -repeat:, some]
-        eager, _ = reference.grouped_attention(q, k, v, rows, None, None, None, D**-0.5, False)
-        wide = (t.double() for t in (q, k, v))
-        exact, _ = reference.grouped_attention(*wide, rows, None, None, None, D**-0.5, False)
-        return require(mine, eager, exact)
 
 
 def dense_peers(table: str, name: str, p: Problem) -> Iterator[Case]:
@@ -117,7 +48,7 @@ def dense_peers(table: str, name: str, p: Problem) -> Iterator[Case]:
                     p.q, p.k, p.v, is_causal=True, enable_gqa=p.heads != p.kv_heads
                 )
 
-        yield Case(table, name, what, run)
+        yield Case(table, name, what, run, lambda run=run: p.check(causal(), run))
 
 
 def masked_peers(table: str, name: str, p: Problem, pattern: Pattern) -> Iterator[Case]:
@@ -206,7 +137,6 @@ def causal_cases(variants: bool) -> Iterator[Case]:
         yield from tuned("causal", "1x32 2880", p, causal(), ((64, 64),), choices((1, 1, 4, 3)))
         return
     flops = 4 * p.heads * D * p.keys * (p.keys + 1) // 2
-    layout = p.layout(causal())
     bias = torch.randn(1, 32, p.keys, device="cuda")
     maps = torch.rand(3, 1, 32, 2, device="cuda")
     yield ours("causal", "1x32 2880", "ours", p, causal(), {"flops": flops})
@@ -214,15 +144,12 @@ def causal_cases(variants: bool) -> Iterator[Case]:
     options: dict[str, dict[str, Any]] = {
         "bias": {"bias": bias}, "map": {"logit_map": maps}, "partials": {"partials": True}, "lse": {"lse": True},
     }  # fmt: skip
-    visual = no_visual_self_attention()
-    for kind, made in (("ours", layout), ("ours, pattern", p.layout(visual))):
+    for kind, pattern in (("ours", causal()), ("ours, pattern", no_visual_self_attention())):
+        made = p.layout(pattern)
         for label, extra in options.items():
-
-
-            def run(made: Layout = made, extra: dict[str, Any] = extra) -> Any:
-                return grouped_attention(p.q, p.k, p.v, made, impl="triton", **extra)
-
-            yield Case("causal", "1x32 2880", f"{kind} + {label}", run)
+            run = lambda made=made, extra=extra: grouped_attention(p.q, p.k, p.v, made, impl="triton", **extra)  # noqa: E731
+            check = lambda run=run, pattern=pattern, extra=extra: p.check(pattern, run, **extra)  # noqa: E731
+            yield Case("causal", "1x32 2880", f"{kind} + {label}", run, check)
 
 
 def window_cases(variants: bool) -> Iterator[Case]:
@@ -263,10 +190,8 @@ def decode_cases(variants: bool) -> Iterator[Case]:
             run = lambda q=q, k=k, v=v, n=lengths: decode_attention(q, k, v, n, impl="triton")  # noqa: E731
             moved = {"bytes": 2 * k.nbytes}
             yield Case("decode", name, "ours", run, lambda run=run, check=check: check(run), facts=moved)
-            yield Case("decode", name, "ours, replayed graph", run, timer=graph_ms, facts=moved)
             peer = lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
-            yield Case("decode", name, "SDPA", peer)
-            yield Case("decode", name, "SDPA, replayed graph", peer, timer=graph_ms)
+            yield Case("decode", name, "SDPA", peer, lambda run=peer, check=check: check(run))
 
 
 def score_cases(variants: bool) -> Iterator[Case]:
@@ -285,9 +210,10 @@ def score_cases(variants: bool) -> Iterator[Case]:
         run = lambda lse=lse: key_scores(row, p.k, scale=D**-0.5, lse=lse, impl="triton")  # noqa: E731
         yield Case("scores", "1x32 2880, 1 row", what, run, check, facts={"bytes": p.k.nbytes})
     keep = torch.arange(0, p.keys, 4, device="cuda", dtype=torch.int32)[None]
-    pair = lambda: compact(p.k, p.v, keep, impl="triton")  # noqa: E731
-    yield Case("compact", "1x32 2880 -> 1/4", "ours", pair, facts={"bytes": p.k.nbytes})
     index = keep[0].long()
+    pair = lambda: compact(p.k, p.v, keep, impl="triton")  # noqa: E731
+    same = lambda: require(pair()[0], p.k[:, :, index], p.k[:, :, index].double())  # noqa: E731
+    yield Case("compact", "1x32 2880 -> 1/4", "ours", pair, same, facts={"bytes": p.k.nbytes})
     yield Case("compact", "1x32 2880 -> 1/4", "two index_select", lambda: (p.k[:, :, index], p.v[:, :, index]))
 
 
@@ -299,13 +225,6 @@ def layout_cases(variants: bool) -> Iterator[Case]:
         for label, pattern in (("causal", causal()), ("no visual self-attention", no_visual_self_attention())):
             build = lambda p=p, pattern=pattern: make_layout(p.facts["role"], pattern)  # noqa: E731
             yield Case("layout", str(visual), f"ours, {label}", build, timer=wall_ms)
-
-
-def graph_ms(run: Callable[[], Any]) -> float:
-    """Milliseconds of one call inside a replayed CUDA graph; the L2 cache is warm."""
-    from triton.testing import do_bench_cudagraph
-
-    return float(do_bench_cudagraph(run, rep=40, return_mode="median"))
 
 
 def wall_ms(run: Callable[[], Any]) -> float:

@@ -117,8 +117,8 @@ def test_any_mask(kernel: Any, device: torch.device) -> None:
 def test_split_keys(device: torch.device, parts: int, partials: bool) -> None:
     from mmefficient.kernels.grouped_attention import kernel as module
 
-    layout = layout_for(no_visual_self_attention(), 65, device, blocks=(16, 16))
-    q, k, v = qkv(layout, 2, 1, 32, torch.float32)
+    layout = layout_for(no_visual_self_attention(), 47, device, blocks=(16, 16))
+    q, k, v = qkv(layout, 1, 1, 32, torch.float32)
     found = module.grouped_attention(q, k, v, layout, None, None, None, 0.2, partials, True, PARTS=parts)
     wanted = grouped_attention(q, k, v, layout, scale=0.2, partials=partials, lse=True, impl="reference")
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
