@@ -66,7 +66,9 @@ def decode_attention(
     if not 1 <= q.shape[2] <= MAX_NEW:
         raise ValueError(f"q has {q.shape[2]} new rows; decoding takes 1 to {MAX_NEW}, use grouped_attention for more.")
     if (partials or logit_map is not None) and (group is None or not 1 <= groups <= MAX_GROUPS):
-        raise ValueError(f"partial results and logit maps need the key groups: give group, and groups 1 to {MAX_GROUPS}.")
+        raise ValueError(
+            f"partial results and logit maps need the key groups: give group, and groups 1 to {MAX_GROUPS}."
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = (q, k, v, lengths, starts, group, groups if partials else 0, bias, logit_map, head_gain, scale)
     if uses_triton(impl, q, k, v, bias, logit_map, head_gain):

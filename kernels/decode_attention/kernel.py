@@ -151,15 +151,18 @@ def decode_attention(
     if parts > 1:
         part_out = torch.empty(copies * parts, batch, heads, new, dim, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(copies * parts, batch, heads, new, dtype=torch.float32, device=q.device)
-    gain, gain_strides = lengths, (0, 0, 0)
+    gain_strides: tuple[int, ...] = (0, 0, 0)
+    gain = lengths
     if head_gain is not None:
         gain = head_gain.expand(batch, heads, new)
         gain_strides = gain.stride()
-    bias_row, bias_strides = lengths, (0, 0, 0)
+    bias_strides: tuple[int, ...] = (0, 0, 0)
+    bias_row = lengths
     if bias is not None:
         bias_row = bias.expand(batch, heads, room)
         bias_strides = bias_row.stride()
-    factors, map_strides = lengths, (0, 0, 0, 0)
+    map_strides: tuple[int, ...] = (0, 0, 0, 0)
+    factors = lengths
     if logit_map is not None:
         factors = logit_map.expand(3, batch, heads, -1)
         map_strides = factors.stride()

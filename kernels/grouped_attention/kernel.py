@@ -86,8 +86,8 @@ def _step(
 @triton.jit
 def _soft_rows(
     item, bh, b, bs, q, k, v, out, lse, part_out, part_lse, soft, blocks, counts, order, queries, rules,
-    role, page, row, col, segment, group, mask, bias, factors, map_f, map_g, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale,
-    batch, heads, rows, keys, padded, q_blocks, k_blocks, kinds, parts,
+    role, page, row, col, segment, group, mask, bias, factors, map_f, map_g, gain, q_n, k_n, v_n, o_g, o_n, gain_n,
+    scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, kinds, parts,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
     GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
     LSE: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
@@ -198,7 +198,8 @@ def _forward(
     soft, rest, source, blocks, counts, order, queries, rules, head_pattern,
     role, page, row, col, segment, group, mask, bias, factors, gain,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_g, o_b, o_h, o_n, bias_b, bias_h, map_f, map_b,
-    map_h, map_g, gain_b, gain_h, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, rest_blocks, kinds, parts,
+    map_h, map_g, gain_b, gain_h, gain_n, scale,
+    batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, rest_blocks, kinds, parts,
     REPEAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PATTERNS: tl.constexpr, GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
     GAIN: tl.constexpr, LSE: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -285,16 +286,19 @@ def grouped_attention(
         part_out = torch.empty(groups * parts, batch, heads, slots, dim, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(groups * parts, batch, heads, slots, dtype=torch.float32, device=q.device)
     spare = layout.role
-    bias_row, bias_strides = spare, (0, 0)
+    bias_strides: tuple[int, ...] = (0, 0)
+    bias_row = spare
     if bias is not None:
         bias_row = bias.expand(batch, heads, keys)
         bias_row = bias_row if bias_row.stride(2) == 1 else bias_row.contiguous()
         bias_strides = bias_row.stride()[:2]
-    factors, map_strides = spare, (0, 0, 0, 0)
+    map_strides: tuple[int, ...] = (0, 0, 0, 0)
+    factors = spare
     if logit_map is not None:
         factors = logit_map.expand(3, batch, heads, -1)
         map_strides = factors.stride()
-    gain, gain_strides = spare, (0, 0, 0)
+    gain_strides: tuple[int, ...] = (0, 0, 0)
+    gain = spare
     if head_gain is not None:
         gain = head_gain.expand(batch, heads, rows)
         gain_strides = gain.stride()

@@ -174,19 +174,19 @@ def make_layout(
     if cu_seqlens is not None:
         segment = torch.searchsorted(cu_seqlens.int(), key, right=True, out_int32=True)[None]
 
-    def fact(values: torch.Tensor | None, wanted: bool = True) -> torch.Tensor | None:
+    def kept(values: torch.Tensor | None, wanted: bool = True) -> torch.Tensor | None:
         return values.int().contiguous() if values is not None and wanted else None
 
     layout = Layout(
         rules=table(patterns, role.device),
         role=role.int().contiguous(),
-        page=fact(page, places),
-        row=fact(row, places),
-        col=fact(col, places),
+        page=kept(page, places),
+        row=kept(row, places),
+        col=kept(col, places),
         segment=segment,
-        group=fact(group),
+        group=kept(group),
         queries=queries.int().contiguous(),
-        head_pattern=fact(head_pattern),
+        head_pattern=kept(head_pattern),
         mask=None if mask is None else mask.contiguous(),
         groups=1 if group is None else groups,
         schedule=None,
@@ -196,4 +196,3 @@ def make_layout(
     from mmefficient.kernels.grouped_attention.schedule import schedule
 
     return schedule(layout, *(blocks or default_blocks(head_dim, dtype)))
-

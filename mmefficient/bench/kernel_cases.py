@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,11 +45,9 @@ def dense_peers(table: str, name: str, p: Problem) -> Iterator[Case]:
 
         def run(backend: SDPBackend = backend) -> torch.Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(
-                    p.q, p.k, p.v, is_causal=True, enable_gqa=p.heads != p.kv_heads
-                )
+                return F.scaled_dot_product_attention(p.q, p.k, p.v, is_causal=True, enable_gqa=p.heads != p.kv_heads)
 
-        yield Case(table, name, what, run, lambda run=run: p.check(causal(), run))
+        yield Case(table, name, what, run, partial(p.check, causal(), run))
 
 
 def masked_peers(table: str, name: str, p: Problem, pattern: Pattern) -> Iterator[Case]:
@@ -97,12 +96,12 @@ def tuned(
         layout = p.layout(pattern, blocks=block)
         for choice in overrides:
 
-            def run(layout: Layout = layout, choice: dict[str, int] = choice) -> torch.Tensor:
-                arguments = (p.q, p.k, p.v, layout, None, None, None, D**-0.5, False, False)
-                return kernel.grouped_attention(*arguments, **choice)[0]
+            def run(layout: Layout = layout, choice: dict[str, Any] = choice) -> torch.Tensor:
+                options = (None, None, None, D**-0.5, False, False)
+                return kernel.grouped_attention(p.q, p.k, p.v, layout, *options, **choice)[0]
 
             label = " ".join(f"{key.removeprefix('num_')[:5]}{value}" for key, value in choice.items())
-            yield Case(table, name, f"ours {block[0]}x{block[1]} {label}", run, lambda run=run: p.check(pattern, run))
+            yield Case(table, name, f"ours {block[0]}x{block[1]} {label}", run, partial(p.check, pattern, run))
 
 
 def choices(*settings: tuple[int, int, int, int]) -> list[dict[str, int]]:
@@ -147,9 +146,8 @@ def causal_cases(variants: bool) -> Iterator[Case]:
     for kind, pattern in (("ours", causal()), ("ours, pattern", no_visual_self_attention())):
         made = p.layout(pattern)
         for label, extra in options.items():
-            run = lambda made=made, extra=extra: grouped_attention(p.q, p.k, p.v, made, impl="triton", **extra)  # noqa: E731
-            check = lambda run=run, pattern=pattern, extra=extra: p.check(pattern, run, **extra)  # noqa: E731
-            yield Case("causal", "1x32 2880", f"{kind} + {label}", run, check)
+            run = partial(grouped_attention, p.q, p.k, p.v, made, impl="triton", **extra)
+            yield Case("causal", "1x32 2880", f"{kind} + {label}", run, partial(p.check, pattern, run, **extra))
 
 
 def window_cases(variants: bool) -> Iterator[Case]:
@@ -173,7 +171,7 @@ def decode_cases(variants: bool) -> Iterator[Case]:
             lengths = torch.full((batch,), keys, device="cuda", dtype=torch.int32)
             name = f"{batch}x32 {keys}"
 
-            def check(run: Callable[[], torch.Tensor], q: Any = q, k: Any = k, v: Any = v) -> float:
+            def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Callable[[], torch.Tensor]) -> float:
                 exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
                 eager = ((q @ k.transpose(2, 3)).float() * D**-0.5).softmax(-1).bfloat16() @ v
                 return require(run(), eager, exact)
@@ -181,17 +179,22 @@ def decode_cases(variants: bool) -> Iterator[Case]:
             if variants:
                 for block, warps, stages in ((32, 4, 4), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 3), (64, 2, 4)):
                     for parts in (4, 8, 16) if batch == 1 else (1, 2, 4, 8):
-                        choice = {"BLOCK_N": block, "num_warps": warps, "num_stages": stages, "PARTS": parts}
-                        arguments = (q, k, v, lengths, None, None, 0, None, None, None, D**-0.5)
-                        variant = lambda a=arguments, c=choice: decode_kernel.decode_attention(*a, **c)[0]  # noqa: E731
+                        choice: dict[str, Any] = {
+                            "BLOCK_N": block,
+                            "num_warps": warps,
+                            "num_stages": stages,
+                            "PARTS": parts,
+                        }
+                        options = (None, None, 0, None, None, None, D**-0.5)
+                        both = partial(decode_kernel.decode_attention, q, k, v, lengths, *options, **choice)
+                        variant = partial(first, both)
                         label = f"ours n{block} warps{warps} stages{stages} parts{parts}"
-                        yield Case("decode", name, label, variant, lambda run=variant, check=check: check(run))
+                        yield Case("decode", name, label, variant, partial(check, q, k, v, variant))
                 continue
-            run = lambda q=q, k=k, v=v, n=lengths: decode_attention(q, k, v, n, impl="triton")  # noqa: E731
-            moved = {"bytes": 2 * k.nbytes}
-            yield Case("decode", name, "ours", run, lambda run=run, check=check: check(run), facts=moved)
-            peer = lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
-            yield Case("decode", name, "SDPA", peer, lambda run=peer, check=check: check(run))
+            run: Callable[[], Any] = partial(decode_attention, q, k, v, lengths, impl="triton")
+            yield Case("decode", name, "ours", run, partial(check, q, k, v, run), facts={"bytes": 2 * k.nbytes})
+            peer = partial(F.scaled_dot_product_attention, q, k, v)
+            yield Case("decode", name, "SDPA", peer, partial(check, q, k, v, peer))
 
 
 def score_cases(variants: bool) -> Iterator[Case]:
@@ -207,7 +210,7 @@ def score_cases(variants: bool) -> Iterator[Case]:
         return require(found, eager, exact)
 
     for what, lse in (("ours", None), ("ours, lse given", torch.zeros(1, 32, 1, device="cuda"))):
-        run = lambda lse=lse: key_scores(row, p.k, scale=D**-0.5, lse=lse, impl="triton")  # noqa: E731
+        run = partial(key_scores, row, p.k, scale=D**-0.5, lse=lse, impl="triton")
         yield Case("scores", "1x32 2880, 1 row", what, run, check, facts={"bytes": p.k.nbytes})
     keep = torch.arange(0, p.keys, 4, device="cuda", dtype=torch.int32)[None]
     index = keep[0].long()
@@ -223,8 +226,12 @@ def layout_cases(variants: bool) -> Iterator[Case]:
     for visual in (576, 2880, 32768):
         p = Problem(1, 1, 1, visual)
         for label, pattern in (("causal", causal()), ("no visual self-attention", no_visual_self_attention())):
-            build = lambda p=p, pattern=pattern: make_layout(p.facts["role"], pattern)  # noqa: E731
+            build = partial(make_layout, p.facts["role"], pattern)
             yield Case("layout", str(visual), f"ours, {label}", build, timer=wall_ms)
+
+
+def first(run: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    return run()[0]
 
 
 def wall_ms(run: Callable[[], Any]) -> float:

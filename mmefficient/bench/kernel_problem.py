@@ -44,7 +44,7 @@ class Problem:
         role[:, :SYSTEM], role[:, SYSTEM : SYSTEM + self.visual] = 1, 2
         place = torch.arange(self.keys, device="cuda", dtype=torch.int32) - SYSTEM
         place = place.where((place >= 0) & (place < self.visual), -1).expand(self.batch, -1)
-        self.facts = {
+        self.facts: dict[str, Any] = {
             "role": role,
             "page": torch.where(role == 2, 0, -1).int(),
             "row": place // self.width,
@@ -59,7 +59,7 @@ class Problem:
         self.q, self.k, self.v = random(self.heads), random(self.kv_heads), random(self.kv_heads)
 
     def layout(self, pattern: Pattern, **options: Any) -> Layout:
-        return make_layout(**{**self.facts, "groups": 2}, pattern=pattern, **options)
+        return make_layout(**self.facts, groups=2, pattern=pattern, **options)
 
     def bytes(self) -> int:
         """Each of q, k, v read once and the output written once."""
@@ -83,6 +83,7 @@ class Problem:
         bias = bias[:, -repeat:] if torch.is_tensor(bias) else None
         maps = maps[:, :, -repeat:] if torch.is_tensor(maps) else None
         eager, _ = reference.grouped_attention(q, k, v, rows, bias, maps, None, D**-0.5, False)
-        wide = (t.double() for t in (q, k, v))
-        exact, _ = reference.grouped_attention(*wide, rows, bias, maps, None, D**-0.5, False)
+        exact, _ = reference.grouped_attention(
+            q.double(), k.double(), v.double(), rows, bias, maps, None, D**-0.5, False
+        )
         return require(mine, eager, exact)

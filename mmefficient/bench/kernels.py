@@ -88,7 +88,8 @@ def run(
         whether every case of ours was right and ran.
     """
     out.mkdir(parents=True, exist_ok=True)
-    start, rows = time.monotonic(), []
+    start = time.monotonic()
+    rows: list[Row] = []
     ceiling = floors.measure(torch.device("cuda"), torch.bfloat16)
     report: Row = {"command": sys.argv, "ceilings": asdict(ceiling), "environment": collect(), "rows": rows}
     for case in cases.every(only, tune):
