@@ -113,6 +113,19 @@ def test_operators(device: torch.device) -> None:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_no_graph_break(device: torch.device) -> None:
+    q, k = torch.randn(2, 4, 1, 32, device=device), torch.randn(2, 2, 20, 32, device=device)
+    lengths, keep = torch.tensor([20, 7], device=device), torch.tensor([[1, 3], [-1, 0]], device=device)
+    calls: list[Any] = [
+        lambda k, impl: decode_attention(q, k + 1, k, lengths, impl=impl),
+        lambda k, impl: key_scores(q, k + 1, scale=0.2, impl=impl),
+        lambda k, impl: compact(k + 1, k, keep, impl=impl)[0],
+    ]
+    for call in calls:
+        whole = torch.compile(call, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(whole(k, "triton"), call(k, "reference"), atol=1e-5, rtol=1e-5)
+
+
 def test_decode_says_what_does_not_fit(device: torch.device) -> None:
     q, k, n = torch.randn(1, 4, 9, 32), torch.randn(1, 2, 20, 32), torch.tensor([20])
     with pytest.raises(ValueError, match="1 to 8"):
