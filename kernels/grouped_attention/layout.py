@@ -133,7 +133,7 @@ def make_layout(
 ) -> Layout:
     """Plan the attention of a prompt, once for all layers.
 
-    Tokens stand in prompt order; "before" and "after" mean that order. Reads four integers back from the device.
+    Tokens stand in prompt order; "before" and "after" mean that order. Reads five integers back from the device.
 
     Args:
         role: [B, Nk], any integer type: 0 padding, 1 system text, 2 visual, 3 separator, 4 other text.

@@ -1,4 +1,4 @@
-"""The plan of blocks, computed on the device: three small kernels and one read of four integers."""
+"""The plan of blocks, computed on the device: three small kernels and one read of five integers."""
 
 from __future__ import annotations
 
