@@ -10,12 +10,21 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "usage.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 6
+def execute(name: str) -> int:
+    """Run the blocks of one page in order; returns how many there are."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL)
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "docs/usage.md", "exec"), names)
+        exec(compile(block, f"docs/{name}", "exec"), names)
+    return len(blocks)
+
+
+def test_kernels() -> None:
+    assert execute("kernels.md") == 1
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute("usage.md") >= 6
     printed = capsys.readouterr().out
     assert "576 [576, 576, 144, 144" in printed
     assert "did you mean 'fastv'" in printed

@@ -39,5 +39,24 @@ def latency(
     print(table(result))
 
 
+@app.command()
+def kernels(
+    out: Annotated[Path, typer.Option(help="Folder for kernels.json.")],
+    only: Annotated[list[str] | None, typer.Option(help="A table to make; repeat for more.")] = None,
+    tune: Annotated[bool, typer.Option(help="Also time other block sizes, warps, stages and schedules.")] = False,
+    graph: Annotated[bool, typer.Option(help="Also time replayed CUDA graphs, which have no launches.")] = False,
+    seconds: Annotated[float, typer.Option(help="Start no further case after this long.")] = 3600.0,
+) -> None:
+    """The kernels beside their peers and floors; needs a CUDA GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        typer.echo("the kernel table needs a CUDA GPU; none is visible.", err=True)
+        raise typer.Exit(2)
+    from mmefficient.bench.kernels import run
+
+    raise typer.Exit(0 if run(out, only, tune, graph, seconds) else 1)
+
+
 if __name__ == "__main__":
     app()

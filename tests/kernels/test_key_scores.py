@@ -1,50 +1,59 @@
-"""`key_scores` against a full attention map in float64."""
-
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
+from mmefficient.kernels.accuracy import require
 from mmefficient.kernels.key_scores import key_scores
 
-
-def full_map(query: torch.Tensor, key: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
-    """Softmax of all logits [B, Hq, R, K] in float64."""
-    key = key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
-    logits = query.double() @ key.transpose(-1, -2) * scale
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.double()
-    return logits.softmax(-1)
+KEYS = [45, *(pytest.param(n, marks=pytest.mark.gpu) for n in (639, 2881))]
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
-@pytest.mark.parametrize("rows", [1, 5, 70])
-@pytest.mark.parametrize("masked", ["", "bool", "additive", "shared"])
-def test_equals_the_full_map(heads: tuple[int, int], rows: int, masked: str) -> None:
-    torch.manual_seed(0)
-    query, key = torch.randn(2, heads[0], rows, 8), torch.randn(2, heads[1], 37, 8)
-    mask = None
-    if masked:
-        mask = torch.rand(2, 1, 1 if masked == "shared" else rows, 37) > 0.3
-        if masked == "additive":
-            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, torch.finfo(torch.float32).min)
-    scores = key_scores(query, key, scale=0.3, mask=mask)
-    assert scores.dtype == torch.float32
-    expected = full_map(query, key, 0.3, mask).mean(2)
-    torch.testing.assert_close(scores.double(), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(scores.sum(-1), torch.ones(2, heads[0]))
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("rows", [1, 18])
+@pytest.mark.parametrize("given", ["nothing", "bool mask", "float mask", "last", "lse", "all"])
+def test_scores(kernel: Any, device: torch.device, keys: int, rows: int, given: str) -> None:
+    dtype = torch.float16 if keys > 1000 else torch.float32
+    q, k = (torch.randn(3, h, n, 80, device=device, dtype=dtype) for h, n in ((4, rows), (2, keys)))
+    options: dict[str, Any] = {}
+    if given in ("bool mask", "all"):
+        options["mask"] = torch.rand(3, 1, rows, keys, device=device) < 0.7
+    if given == "float mask":
+        options["mask"] = torch.randn(1, 4, 1, keys, device=device)
+    if given in ("last", "all"):
+        options["last"] = torch.randint(-1, keys, (3, rows), device=device)
+    if given == "lse":
+        options["lse"] = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.1).float().logsumexp(-1)
+    found = kernel(key_scores, q, k, scale=0.1, **options)
+    eager = key_scores(q, k, scale=0.1, **options, impl="reference")
+    logits = q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3) * 0.1
+    if given == "float mask":
+        logits = logits + options["mask"]
+    elif "mask" in options:
+        logits = logits.masked_fill(~options["mask"], float("-inf"))
+    if "last" in options:
+        behind = torch.arange(keys, device=device) > options["last"][:, None, :, None]
+        logits = logits.masked_fill(behind, float("-inf"))
+    require(found, eager, logits.softmax(-1).nan_to_num(0.0).mean(2))
 
 
-def test_softmax_is_float32_for_half_inputs() -> None:
-    torch.manual_seed(0)
-    query, key = torch.randn(1, 2, 1, 64).bfloat16(), torch.randn(1, 2, 512, 64).bfloat16()
-    scores = key_scores(query, key, scale=0.125)
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores.sum(-1), torch.ones(1, 2))
+@pytest.mark.parametrize("heads", ["mean", "sum"])
+@pytest.mark.parametrize("rows", ["mean", "sum"])
+def test_reductions(device: torch.device, heads: Any, rows: Any) -> None:
+    q, k = torch.randn(2, 4, 3, 16, device=device), torch.randn(2, 2, 9, 16, device=device)
+    each = key_scores(q, k, scale=0.2, impl="reference")
+    found = key_scores(q, k, scale=0.2, rows=rows, heads=heads, impl="reference")
+    total = each * (3 if rows == "sum" else 1)
+    torch.testing.assert_close(found, total.sum(1) if heads == "sum" else total.mean(1))
 
 
-def test_a_row_that_sees_nothing_adds_nothing() -> None:
-    query, key = torch.randn(1, 2, 2, 8), torch.randn(1, 2, 4, 8)
-    mask = torch.tensor([[True] * 4, [False] * 4])[None, None]
-    alone = key_scores(query[:, :, :1], key, scale=1.0)
-    torch.testing.assert_close(key_scores(query, key, scale=1.0, mask=mask), alone / 2)
+def test_mass_is_conserved(device: torch.device) -> None:
+    q, k = torch.randn(2, 4, 3, 16, device=device), torch.randn(2, 2, 9, 16, device=device)
+    torch.testing.assert_close(key_scores(q, k, scale=0.2, impl="triton").sum(-1), torch.ones(2, 4, device=device))
+
+
+def test_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        key_scores(torch.randn(1, 3, 1, 8), torch.randn(1, 2, 4, 8), scale=1.0)
