@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Literal
 
@@ -45,6 +46,13 @@ def uses_triton(impl: Impl, tensor: torch.Tensor, *others: torch.Tensor | None) 
     if not torch.compiler.is_compiling():
         log.debug("reference instead of the kernel: %s", reason)
     return False
+
+
+def launching_on(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it that of `tensor`, for models spread over several."""
+    if not tensor.is_cuda or torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 @lru_cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmefficient.kernels.common import Impl, uses_triton
+from mmefficient.kernels.common import Impl, launching_on, uses_triton
 from mmefficient.kernels.compact import reference
 
 __all__ = ["compact", "compact_rows"]
@@ -64,5 +64,7 @@ def _two(x: torch.Tensor, y: torch.Tensor, keep: torch.Tensor, impl: Impl) -> tu
     if uses_triton(impl, x, y):
         from mmefficient.kernels.compact import kernel, op
 
-        return op.compact_op(x, y, keep) if torch.compiler.is_compiling() else kernel.gather_two(x, y, keep)
+        run = op.compact_op if torch.compiler.is_compiling() else kernel.gather_two
+        with launching_on(x):
+            return run(x, y, keep)
     return reference.gather_rows(x, keep), reference.gather_rows(y, keep)

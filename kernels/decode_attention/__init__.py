@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmefficient.kernels.common import Impl, uses_triton
+from mmefficient.kernels.common import Impl, launching_on, uses_triton
 from mmefficient.kernels.decode_attention import reference
 
 __all__ = ["decode_attention"]
@@ -75,7 +75,8 @@ def decode_attention(
         from mmefficient.kernels.decode_attention import kernel, op
 
         run = op.decode_op if torch.compiler.is_compiling() else kernel.decode_attention
-        out, found = run(*arguments)
+        with launching_on(q):
+            out, found = run(*arguments)
     else:
         out, found = reference.decode_attention(*arguments)
     return (out, found) if lse or partials else out

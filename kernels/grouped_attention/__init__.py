@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmefficient.kernels.common import Impl, uses_triton
+from mmefficient.kernels.common import Impl, launching_on, uses_triton
 from mmefficient.kernels.grouped_attention import reference
 from mmefficient.kernels.grouped_attention.layout import Layout, make_layout
 from mmefficient.kernels.grouped_attention.pattern import (
@@ -83,7 +83,8 @@ def grouped_attention(
         if torch.compiler.is_compiling():
             out, found = op.grouped_op(q, k, v, *op.pack(layout), *options)
         else:  # past the dispatch of torch, which takes longer than a short prompt's attention
-            out, found = kernel.grouped_attention(q, k, v, layout, *options)
+            with launching_on(q):
+                out, found = kernel.grouped_attention(q, k, v, layout, *options)
     else:
         out, found = reference.grouped_attention(q, k, v, layout, bias, logit_map, head_gain, scale, partials)
     return (out, found) if lse or partials else out

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from mmefficient.kernels.common import Impl, uses_triton
+from mmefficient.kernels.common import Impl, launching_on, uses_triton
 from mmefficient.kernels.grouped_attention.pattern import Pattern, causal, table
 
 MAX_GROUPS = 4
@@ -195,4 +195,5 @@ def make_layout(
         return layout
     from mmefficient.kernels.grouped_attention.schedule import schedule
 
-    return schedule(layout, *(blocks or default_blocks(head_dim, dtype)))
+    with launching_on(role):
+        return schedule(layout, *(blocks or default_blocks(head_dim, dtype)))

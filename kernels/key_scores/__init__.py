@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from mmefficient.kernels.common import Impl, uses_triton
+from mmefficient.kernels.common import Impl, launching_on, uses_triton
 from mmefficient.kernels.key_scores import reference
 
 __all__ = ["key_scores"]
@@ -52,7 +52,8 @@ def key_scores(
         from mmefficient.kernels.key_scores import kernel, op
 
         run = op.key_scores_op if torch.compiler.is_compiling() else kernel.key_scores
-        found = run(query, key, scale, mask, last, lse)
+        with launching_on(query):
+            found = run(query, key, scale, mask, last, lse)
     else:
         found = reference.key_scores(query, key, scale, mask, last, lse)
     if rows == "mean":
