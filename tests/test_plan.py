@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -60,7 +61,7 @@ def test_round_trips(first: Reducer | None, later: list[FastV]) -> None:
     ("text", "error", "says"),
     [
         ("fastw(layer=2)", UnknownMethodError, "did you mean 'fastv'"),
-        ("zzz", UnknownMethodError, "known are: exit, fastv"),
+        ("zzz", UnknownMethodError, "known are: .*exit, .*fastv"),
         ("fastv(laier=2)", UnknownMethodError, "did you mean 'layer'"),
         ("fastv(2)", PlanError, "every value needs its name"),
         ("fastv(**{})", PlanError, "every value needs its name"),
@@ -108,7 +109,8 @@ def test_mode_is_checked() -> None:
 
 def test_methods_are_listed_and_documented() -> None:
     found = mm.methods()
-    assert [method.name for method in found] == ["exit", "fastv", "grid", "pool", "random", "visionzip"]
+    pages = sorted(page.stem for page in (Path(__file__).parent.parent / "docs" / "methods").glob("*.md"))
+    assert [method.name for method in found] == pages
     assert registry.methods() == found
     for method in found:
         assert method.point == "reducer"
