@@ -13,7 +13,6 @@ import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,7 +111,7 @@ def _time(
                 _generate(net, inputs, tokens)
             if index >= 2:
                 times[plan].append({**timer.stages_ms, "decode": timer.stages_ms["decode"] / (tokens - 1)})
-            reports[plan] = replace(run.report(), stages_ms=timer.stages_ms)
+            reports[plan] = run.report()
     batch = len(inputs["input_ids"])
     weights = sum(p.nbytes for p in net.get_decoder().parameters())
     base = statistics.median(t["prefill"] for t in times[plans[0]])

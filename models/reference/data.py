@@ -64,10 +64,10 @@ class Layout:
         offset = torch.arange(self.length) - first[self.slot.long()]
         return torch.where(self.slot > 0, offset + self.prefix, offset)
 
-    def visible(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Whether query position ``q`` sees key position ``k`` (broadcasting integer tensors)."""
-        slot = self.slot.to(q.device)
-        return (k <= q) & ((slot[k] == 0) | (slot[k] == slot[q]))
+
+def visible(q: torch.Tensor, k: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    """Whether query position ``q`` sees key position ``k`` (broadcasting integer tensors), given `Layout.slot`."""
+    return (k <= q) & ((slot[k] == 0) | (slot[k] == slot[q]))
 
 
 def prefix_ids(processor: LlavaProcessor) -> list[int]:

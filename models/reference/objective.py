@@ -18,7 +18,7 @@ from transformers import AttentionInterface, LlavaForConditionalGeneration, Llav
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .build import IMAGE_SIZE, PATCH, PATCHES
-from .data import DENSE_LABELS, IGNORE, MAX_LAYERS, Batches, Layout
+from .data import DENSE_LABELS, IGNORE, MAX_LAYERS, Batches, Layout, visible
 from .scenes.catalogue import OBJECTS
 from .scenes.render import Atlas, label_map, render
 from .scenes.splits import KINDS
@@ -240,10 +240,8 @@ def _score(right: Tensor, kinds: Tensor, turn: Tensor) -> dict[str, Tensor]:
 def _layout_mask(layout: Layout, device: torch.device) -> Any:
     slot = layout.slot.to(device)
     if device.type == "cuda":
-
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (k <= q) & ((slot[k] == 0) | (slot[k] == slot[q]))
-
-        return create_block_mask(visible, None, None, layout.length, layout.length, device=device)
+        return create_block_mask(
+            lambda b, h, q, k: visible(q, k, slot), None, None, layout.length, layout.length, device=device
+        )
     index = torch.arange(layout.length)
-    return layout.visible(index[:, None], index[None])
+    return visible(index[:, None], index[None], slot)
