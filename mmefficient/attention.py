@@ -1,4 +1,4 @@
-"""One attention function per stock implementation: calls it unchanged, and scores the last prompt row when asked."""
+"""One attention function per stock implementation: calls it unchanged, and scores rows of the prompt when asked."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ class _Unwrapped:
         return getattr(module, name) if hasattr(module, name) else getattr(module.config, name)
 
 
+class Probe:
+    """Rides in place of a call when a layer's attention module is run for its queries and keys alone."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scale: float
+
+
 class Scoring:
     """An attention function that wraps `implementation`."""
 
@@ -50,10 +58,13 @@ class Scoring:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Query [B, Hq, Q, D], key and value [B, Hkv, K, D]; returns what the wrapped function returns."""
         call = kwargs.pop(KEY, None)
-        if call is not None and call.wants_scores(module.layer_idx):
-            scale = kwargs.get("scaling")
-            scores = last_row_scores(query, key, attention_mask, call.last, scale or query.shape[-1] ** -0.5)
-            call.set_scores(scores)
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        if isinstance(call, Probe):
+            call.query, call.key, call.scale = query, key, scale
+            return query.transpose(1, 2), None  # of the right shape, and thrown away
+        if call is not None:
+            for asker, rows, used in call.asking(module.layer_idx):
+                call.set_scores(asker, row_scores(query, key, attention_mask, rows, used, scale))
         if self.implementation == "eager":
             stock: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
         else:
@@ -63,33 +74,48 @@ class Scoring:
         return stock(seen, query, key, value, attention_mask, **kwargs)
 
 
-def last_row_scores(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, last: torch.Tensor | None, scale: float
+def row_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    used: torch.Tensor | None,
+    scale: float,
 ) -> torch.Tensor:
-    """Mean over heads of the probability each key receives from the last prompt row, float32 [B, K].
+    """Probability each key receives from some rows, mean over them and over heads, float32 [B, K].
 
     Args:
         query, key: as the attention function gets them; mask: likewise, rows for all queries or two-dimensional.
-        last: int64 [B], the last prompt row of each batch row; None = the last one everywhere.
+        rows: int64 [B, R], the rows that ask; None = the last one everywhere.
+        used: bool [B, R], which of them count; None = all. Nobody gives 0 to every key.
     """
     if mask is None:
         key = key[:, :, : query.shape[2]]  # a static cache offers unwritten rows
     elif mask.ndim == 2:
         mask = mask[:, None, None]
-    if last is None:
+    if rows is None:
         query = query[:, :, -1:]
         mask = mask if mask is None else mask[:, :, -1:]
     else:
-        at = last.to(query.device)[:, None, None, None]
-        query = query.gather(2, at.expand(-1, query.shape[1], 1, query.shape[3]))
+        at = rows.to(query.device)[:, None, :, None]
+        query = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[3]))
         if mask is None or mask.shape[2] == 1:
             # a row in the middle sees what precedes it
             causal = torch.arange(key.shape[2], device=query.device) <= at
             mask = causal if mask is None else mask.bool() & causal
         else:
             mask = mask.expand(len(at), *mask.shape[1:])
-            mask = mask.gather(2, at.expand(-1, mask.shape[1], 1, mask.shape[3]))
-    return key_scores(query, key, scale=scale, mask=mask).mean(1)
+            mask = mask.gather(2, at.expand(-1, mask.shape[1], -1, mask.shape[3]))
+    if used is None:
+        return key_scores(query, key, scale=scale, mask=mask, heads="mean")
+    used = used.to(query.device)
+    assert mask is not None
+    if mask.dtype == torch.bool:
+        mask = mask & used[:, None, :, None]
+    else:
+        mask = mask.masked_fill(~used[:, None, :, None], float("-inf"))
+    total = key_scores(query, key, scale=scale, mask=mask, rows="sum", heads="mean")
+    return total / used.sum(1, keepdim=True).clamp(min=1)
 
 
 def scoring(implementation: str) -> str:

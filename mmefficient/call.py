@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mmefficient.errors import InputError
 from mmefficient.masks import Segment
-from mmefficient.reduction import Prefill, PromptState
+from mmefficient.points import Reducer
+from mmefficient.reduction import LAST, Asker, Prefill, PromptState
 from mmefficient.tokens import images_of_rows
 from mmefficient.vision import Vision
 
@@ -18,16 +19,16 @@ class Call:
     """One forward call of the model.
 
     Attributes:
-        scored: layers whose attention scores the last prompt row; drafts: see `HostFacts`.
+        asked: by layer, the reducers that act after it and want attention from it; drafts: see `HostFacts`.
         strict: images that do not fit their rows are an error, even if the model would not notice.
         new: the call reads a new prompt; state: the prompt it reads or continues; prefill: while it reads one.
         kinds: for "image" and "video", bool [B, S] on the CPU: the placeholders of a new prompt.
         vision: the images that fill them; repeats: how often `generate` repeated the rows after encoding.
     """
 
-    def __init__(self, scored: frozenset[int], drafts: int, strict: bool) -> None:
+    def __init__(self, asked: Mapping[int, Sequence[Reducer]], drafts: int, strict: bool) -> None:
         self.strict = strict
-        self.scored = scored
+        self.asked = asked
         self.state: PromptState | None = None
         self.prefill: Prefill | None = None
         self.kinds: dict[str, torch.Tensor] = {}
@@ -56,16 +57,19 @@ class Call:
             self.memo = (stock, segment, make())
         return self.memo[2]
 
-    def wants_scores(self, layer: int) -> bool:
-        """Whether the attention function should score the last prompt row in this layer."""
-        return self.prefill is not None and layer in self.scored
+    def asking(self, layer: int) -> Iterator[tuple[Asker, torch.Tensor | None, torch.Tensor | None]]:
+        """Whose attention `layer` is to score: who asks, the rows and which of them count (`attention.row_scores`)."""
+        if self.prefill is None or not self.prefill.has_visual:
+            return
+        reducers = self.asked.get(layer, ())
+        if any("last_row_attention" in reducer.needs for reducer in reducers):
+            last = self.prefill.last
+            yield LAST, None if last is None else last[:, None], None
+        for reducer in reducers:
+            if "question_attention" in reducer.needs:
+                yield reducer, *self.prefill.asking.rows(reducer, self.prefill.now)
 
-    @property
-    def last(self) -> torch.Tensor | None:
-        """See `attention.last_row_scores`."""
-        return None if self.prefill is None else self.prefill.last
-
-    def set_scores(self, scores: torch.Tensor) -> None:
+    def set_scores(self, asker: Asker, scores: torch.Tensor) -> None:
         """Hand scores to the next layer's reducers."""
         if self.prefill is not None:
-            self.prefill.scores = scores
+            self.prefill.scores[asker] = scores

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from mmefficient.attention import KEY, scoring
+from mmefficient.attention import KEY, Probe, scoring
 from mmefficient.cache import fit_layer, stored_rows
 from mmefficient.call import Call
 from mmefficient.errors import InputError, ModelError, PlanError
 from mmefficient.masks import decode_mask, prefill_mask
-from mmefficient.points import Reducer
-from mmefficient.reduction import HostFacts, Prefill, PromptState, Rope
+from mmefficient.points import Reducer, Scope
+from mmefficient.profiles import Checkpoint
+from mmefficient.reduction import HostFacts, Parts, Prefill, PromptState, Rope
 from mmefficient.run import Run
 from mmefficient.tokens import build
 from mmefficient.vision import Vision, Watcher
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from mmefficient.models.base import Adapter
 
 STATE = "_mmefficient_state"
+FROM_LAYER_BEFORE = frozenset({"last_row_attention", "question_attention"})
+FROM_OWN_LAYER = frozenset({"own_row_attention", "own_heads"})
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 Hooked = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -37,13 +40,22 @@ class Executor:
     """A plan on one model."""
 
     def __init__(self, model: nn.Module, adapter: Adapter, reducers: Sequence[Reducer], run: Run) -> None:
-        self.model, self.adapter, self.reducers, self.run = model, adapter, tuple(reducers), run
-        self.watcher = Watcher(adapter, any("tower" in reducer.needs for reducer in reducers))
+        self.model, self.adapter, self.run = model, adapter, run
+        checkpoint = Checkpoint(model, len(adapter.layers))
+        stages = [stage for reducer in reducers for stage in reducer.stages(checkpoint)]
+        self.reducers = sorted(stages, key=lambda stage: stage.site)  # stable: a plan's order within a layer
+        self.watcher = Watcher(adapter, any("tower" in reducer.needs for reducer in self.reducers))
         self.configs = self._text_configs()
         self.implementation: str = adapter.decoder.config._attn_implementation
         self.flash = "flash" in self.implementation
-        self.scored = frozenset(r.site - 1 for r in reducers if "last_row_attention" in r.needs)
-        if reducers:
+        self.asked = {
+            layer: [r for r in self.reducers if r.site == layer + 1 and r.needs & FROM_LAYER_BEFORE]
+            for layer in range(len(adapter.layers))
+        }
+        self.scoring = any(r.needs & (FROM_LAYER_BEFORE | FROM_OWN_LAYER) for r in self.reducers)
+        self.rated = [r for r in self.reducers if "question_attention" in r.needs]
+        self.scopes: set[Scope] = {r.scope for r in self.reducers} | ({"prompt"} if self.rated else set())
+        if self.reducers:
             self._check()
 
     def _text_configs(self) -> list[Any]:
@@ -58,6 +70,8 @@ class Executor:
             if reducer.site >= len(layers):
                 last = len(layers) - 1
                 raise PlanError(f"{reducer}: layer {reducer.site} is out of range; the model has layers 0 to {last}.")
+            if reducer.site == 0 and reducer.needs & FROM_LAYER_BEFORE:
+                raise PlanError(f"{reducer}: layer 0 has no layer before it to take attention from; use layer >= 1.")
             if reducer.position_policy == "compact" and self.adapter.mrope:
                 raise PlanError(f"{reducer}: positions here are (time, height, width) triplets; use positions='keep'.")
         name = type(self.adapter.decoder).__name__
@@ -69,7 +83,7 @@ class Executor:
         if kinds != {"full_attention"}:
             raise ModelError(f"{name} has {', '.join(sorted(kinds))} layers; only full attention can drop tokens.")
         scoring(self.implementation)
-        if self.scored and (getattr(self.model, "tp_size", None) or 1) > 1:
+        if self.scoring and (getattr(self.model, "tp_size", None) or 1) > 1:
             raise ModelError(
                 "tensor-parallel ranks score their own heads and would keep different tokens; use one device."
             )
@@ -87,7 +101,7 @@ class Executor:
         # every layer, also with no methods: a cache may hold a prompt that another plan has read
         handles += [layer.register_forward_pre_hook(self.on_layer, with_kwargs=True) for layer in adapter.layers]
         undo += [handle.remove for handle in handles]
-        if self.scored:
+        if self.scoring:
             name = scoring(self.implementation)
             for config in self.configs:
                 undo.append(partial(_set_attention, config, config._attn_implementation))
@@ -116,7 +130,7 @@ class Executor:
             use_cache = kwargs.get("use_cache")
             if self.adapter.decoder.config.use_cache if use_cache is None else use_cache:
                 cache = kwargs["past_key_values"] = DynamicCache(config=self.adapter.decoder.config)
-        call = Call(self.scored, drafts, strict=bool(self.reducers))
+        call = Call(self.asked, drafts, strict=bool(self.reducers))
         call.state = getattr(cache, STATE, None)
         arriving = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
         empty = cache is None or ((arriving > 1 or call.state is None) and int(cache.get_seq_length()) == 0)
@@ -207,7 +221,7 @@ class Executor:
                 "some visual tokens are resampled after the vision tower (videos and very large images are); "
                 "use a method that works inside the language model, such as fastv."
             )
-        facts = HostFacts.of(tokens, {reducer.scope for reducer in self.reducers}, call.drafts, embeds.device)
+        facts = HostFacts.of(tokens, self.scopes, call.drafts, embeds.device)
         state = call.state = PromptState(self.run.plan, self.run.mode, tokens.to(embeds.device))
         cache = kwargs.get("past_key_values")
         if cache is not None:
@@ -233,10 +247,13 @@ class Executor:
             return args, dict(kwargs, attention_mask=new)
         prefill = call.prefill
         prefill.enter(kwargs["position_embeddings"], kwargs.get("position_ids"))
+        for reducer in self.rated if index == 0 and prefill.has_visual else ():
+            prefill.choose_raters(reducer, hidden)
+        parts = Parts(self._project, self._rotary, partial(self._heads, layer))
         for reducer in self.reducers:
             if reducer.site == index and prefill.has_visual:
                 self.run.acted = True
-                hidden = prefill.reduce(reducer, index, hidden, self._project, self._rotary)
+                hidden = prefill.reduce(reducer, index, hidden, parts)
         segment = prefill.segment
         if cache is not None:
             fit_layer(cache, index, 0 if segment is None else segment.length - segment.slots)
@@ -257,6 +274,18 @@ class Executor:
 
     def _rotary(self, hidden: torch.Tensor, position: torch.Tensor) -> Rope:
         return self.adapter.decoder.rotary_emb(hidden, position)
+
+    def _heads(self, layer: Any, hidden: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Query, key and scale of a layer: its attention module is run, and stopped where attention would begin."""
+        probe = Probe()
+        layer.self_attn(
+            hidden_states=layer.input_layernorm(hidden),
+            position_embeddings=rope,
+            attention_mask=None,
+            past_key_values=None,
+            **{KEY: probe},
+        )
+        return probe.query, probe.key, probe.scale
 
 
 def _set_attention(config: Any, implementation: str) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from mmefficient.errors import BudgetError, PlanError
+
+if TYPE_CHECKING:
+    from mmefficient.profiles import Checkpoint
 
 Positions = Literal["keep", "compact"]
 Scope = Literal["image", "prompt", "tile"]
@@ -58,7 +61,7 @@ class Unit:
         row: row of the batch.
         label: what the unit is, for messages ("image 0", "the prompt", "tile 2 of image 0").
         ordinal: number of the unit within its row.
-        count: visual tokens in it now.
+        count: visual tokens in it now; total: in the prompt as it came.
         grids: (rows, cols) of every view in it, in prompt order; empty unless every view is a complete grid.
     """
 
@@ -67,6 +70,11 @@ class Unit:
     ordinal: int
     count: int
     grids: tuple[tuple[int, int], ...]
+    total: int = -1
+
+    def __post_init__(self) -> None:
+        if self.total < 0:
+            object.__setattr__(self, "total", self.count)
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,32 @@ class TowerTokens:
 
 
 @dataclass(frozen=True)
+class QuestionTokens:
+    """The text after the last visual token of each unit's row: Q = the longest of them.
+
+    Attributes:
+        hidden: residual stream, [U, Q, D].
+        valid: bool [U, Q]; False in the unused tail. The last valid one is the prompt's last token.
+    """
+
+    hidden: torch.Tensor
+    valid: torch.Tensor
+
+
+@dataclass(frozen=True)
+class OwnHeads:
+    """Queries and keys of the visual tokens in the layer that they are about to enter.
+
+    Attributes:
+        query: before rotation, [U, H, N, d]; key: likewise, [U, G, N, d]; rotated: keys after rotation, [U, G, N, d].
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    rotated: torch.Tensor
+
+
+@dataclass(frozen=True)
 class VisualTokens:
     """The visual tokens at a reducer's site, packed by unit: U units, N = the most tokens any of them holds.
 
@@ -94,9 +128,11 @@ class VisualTokens:
         hidden: residual stream entering the layer, [U, N, D].
         valid: bool [U, N]; False in the unused tail of a short unit. Other tensors hold arbitrary numbers there.
         size: float32 [U, N], original tokens each one stands for.
-        attention: float32 [U, N] or None: probability each token receives from the last prompt row in the previous
-            layer, mean over heads. Present when "last_row_attention" is in `Reducer.needs`.
-        tower: present when "tower" is in `Reducer.needs`.
+        attention: float32 [U, N] or None: probability each token receives, mean over heads. `Reducer.needs` says from
+            whom: "last_row_attention", the last prompt row in the previous layer; "own_row_attention", the same row in
+            the layer about to be entered; "question_attention", the previous layer's question rows, mean over those that
+            `Reducer.raters` chose.
+        tower, question, own: present when "tower", "question", "own_heads" is in `Reducer.needs`.
     """
 
     units: tuple[Unit, ...]
@@ -105,6 +141,8 @@ class VisualTokens:
     size: torch.Tensor
     attention: torch.Tensor | None = None
     tower: TowerTokens | None = None
+    question: QuestionTokens | None = None
+    own: OwnHeads | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +179,22 @@ def order_selection(ranked: torch.Tensor, counts: Sequence[int]) -> Selection:
     return Selection(index.masked_fill(~used, 0), used)
 
 
+def at_depths(name: str, given: Sequence[int], depths: Sequence[float], layers: int) -> tuple[int, ...]:
+    """The layers `given`, or, if none are, published `depths` (shares of the model) as layers, each above the last.
+
+    Raises:
+        PlanError: not as many as there are depths, or not in rising order.
+    """
+    if given:
+        if len(given) != len(depths) or sorted(set(given)) != list(given):
+            raise PlanError(f"{name}: layers={tuple(given)} are not {len(depths)} layer numbers in rising order.")
+        return tuple(given)
+    found: list[int] = []
+    for depth in depths:
+        found.append(max(round(depth * layers), found[-1] + 1 if found else 1))
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Reducer:
     """Which visual tokens exist from a site on. Identity: keep all.
@@ -154,7 +208,9 @@ class Reducer:
     point: ClassVar[str] = "reducer"
     summary: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Any of "last_row_attention", "tower", "full_grid"."""
+    """What the method asks for: see `VisualTokens`; "full_grid": every view of a unit is a complete grid."""
+    adaptive: ClassVar[bool] = False
+    """Whether budgets depend on what the tokens hold (`choose`), which costs one wait for the device."""
     scope: ClassVar[Scope] = "image"
     space: ClassVar[Literal["lm", "tower"]] = "lm"
     """Whose features `Selection.mix` mixes; tower features go through the projector afterwards."""
@@ -174,6 +230,8 @@ class Reducer:
             raise PlanError(f"{self.name}: positions={self.position_policy!r} is neither 'keep' nor 'compact'.")
         for f in fields(self):
             value = getattr(self, f.name)
+            if isinstance(value, list):  # JSON has no tuples
+                object.__setattr__(self, f.name, tuple(value))
             if f.type in (int, "int") and (isinstance(value, bool) or not isinstance(value, int)):
                 raise PlanError(f"{self.name}: {f.name}={value!r} is not a whole number.")
         if self.site < 0:
@@ -183,8 +241,25 @@ class Reducer:
 
     def __str__(self) -> str:
         given = [(f, getattr(self, f.name)) for f in fields(self)]
-        shown = [f"{f.name}={value}" for f, value in given if not (f.metadata.get("quiet") and value == f.default)]
+        shown = [f"{f.name}={_text(v)}" for f, v in given if not (f.metadata.get("quiet") and v == f.default)]
         return f"{self.name}({','.join(shown)})"
+
+    def stages(self, checkpoint: Checkpoint) -> tuple[Reducer, ...]:
+        """The reducers that carry the method out on a model, each with its own site; most methods are their own.
+
+        A method that acts in several layers, or whose layer or parameters depend on the checkpoint, gives others. Their
+        class names begin with an underscore, which keeps them from being methods of their own.
+        """
+        return (self,)
+
+    def raters(self, tokens: VisualTokens) -> torch.Tensor:
+        """bool [U, Q]: whose attention `VisualTokens.attention` is ("question_attention"); identity: every question row.
+
+        Args:
+            tokens: the prompt at the language model's input, one unit per row, with `question`.
+        """
+        assert tokens.question is not None
+        return tokens.question.valid
 
     def budget(self, unit: Unit) -> int:
         """How many tokens of `unit` stay.
@@ -194,6 +269,10 @@ class Reducer:
         """
         return resolve_budget(self.keep, unit)  # type: ignore[attr-defined]
 
+    def choose(self, tokens: VisualTokens) -> tuple[Selection, list[int]]:
+        """What stays of every unit, and how many; only asked of `adaptive` methods, others have `budget`."""
+        raise NotImplementedError(f"{type(self).__name__} is adaptive but does not override choose")
+
     def score(self, tokens: VisualTokens) -> torch.Tensor:
         """[U, N], higher stays."""
         raise NotImplementedError(f"{type(self).__name__} overrides neither score nor reduce")
@@ -201,3 +280,8 @@ class Reducer:
     def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
         """Choose `counts[u]` tokens of every unit u."""
         return select_top(self.score(tokens), tokens.valid, counts)
+
+
+def _text(value: object) -> str:
+    """A field's value as a plan's text has it: names stand for themselves, other strings are quoted."""
+    return repr(value) if isinstance(value, str) and not value.isidentifier() else str(value)

@@ -4,17 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
+from mmefficient.asking import Asking, Question
 from mmefficient.errors import PlanError
+from mmefficient.kernels.key_scores import key_scores
 from mmefficient.masks import Segment
 from mmefficient.packing import Units
-from mmefficient.points import Reducer, Scope, Selection, TowerTokens, VisualTokens
+from mmefficient.points import OwnHeads, QuestionTokens, Reducer, Scope, Selection, TowerTokens, VisualTokens
 from mmefficient.tokens import Role, TokenMap
 from mmefficient.vision import Tower
 
 Rope = tuple[torch.Tensor, torch.Tensor]
+LAST: Literal["last"] = "last"
+Asker = Literal["last"] | Reducer
+"""Whose attention a score is: the last prompt row's, or the question rows that a reducer chose."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the model lends to a reduction.
+
+    Attributes:
+        project: the projector, [..., Dv] -> [..., D].
+        rotary: the decoder's rotary embedding, of hidden states and position ids.
+        heads: query [B, H, n, d], key [B, G, n, d] and the factor on their products in the layer about to be entered,
+            of hidden states and rope.
+    """
+
+    project: Callable[[torch.Tensor], torch.Tensor]
+    rotary: Callable[[torch.Tensor, torch.Tensor], Rope]
+    heads: Callable[[torch.Tensor, Rope], tuple[torch.Tensor, torch.Tensor, float]]
 
 
 @dataclass
@@ -47,6 +69,7 @@ class HostFacts:
     Attributes:
         units: for every scope a plan uses, the units as the prompt came.
         others: per row, tokens that are neither padding, separators nor visual.
+        question: the text that asks about the images.
         lines: one more than the largest line number; 0 = the prompt has no separators.
         images: the most images a row has.
         drafts: tokens at the end that assisted decoding proposes; they are read with the prompt but are none of it.
@@ -55,6 +78,7 @@ class HostFacts:
 
     units: Mapping[Scope, Units]
     others: Sequence[int]
+    question: Question
     lines: int
     images: int
     drafts: int
@@ -70,6 +94,7 @@ class HostFacts:
         return cls(
             units={scope: Units.of(tokens, scope, device) for scope in scopes},
             others=others,
+            question=Question.of(tokens, drafts, device),
             lines=int(tokens.line.max()) + 1 if separators else 0,
             images=int(tokens.image.max()) + 1,
             drafts=drafts,
@@ -84,7 +109,8 @@ class Prefill:
         segment: which prompt positions the n rows hold; None = the prompt as it came.
         stored: the same less the drafts, which the cache may lose again.
         rope: cosine and sine of the rows, [B or 1, n, d] each; position: int64 [B or 1, n] or None, as layers get it.
-        scores: float32 [B, >= n], attention of the last prompt row in the layer before; None = nobody asked.
+        scores: by who asked, float32 [B, >= n], attention in the layer before.
+        asking: the question rows, and whose attention reducers want.
     """
 
     def __init__(self, state: PromptState, facts: HostFacts, tower: Tower | None, simulate: bool) -> None:
@@ -93,8 +119,10 @@ class Prefill:
         self.stored: Segment | None = None
         self.rope: Rope | None = None
         self.position: torch.Tensor | None = None
-        self.scores: torch.Tensor | None = None
+        self.scores: dict[Asker, torch.Tensor] = {}
+        self.asking = Asking(facts.question)
         self.last = facts.last
+        self._whole: Segment | None = None
         self.units: dict[Scope, Units] = dict(facts.units)
 
     @property
@@ -107,18 +135,29 @@ class Prefill:
         if self.segment is None:
             self.rope, self.position = rope, position
 
-    def reduce(
-        self,
-        reducer: Reducer,
-        layer: int,
-        hidden: torch.Tensor,
-        project: Callable[[torch.Tensor], torch.Tensor],
-        rotary: Callable[[torch.Tensor, torch.Tensor], Rope],
-    ) -> torch.Tensor:
-        """Let `reducer` act on `hidden` [B, n, D] at the input of `layer`; returns the rows that remain.
+    def choose_raters(self, reducer: Reducer, hidden: torch.Tensor) -> None:
+        """Let `reducer` choose the question rows whose attention it wants; `hidden` [B, n, D] at the first layer."""
+        units, segment = self._units("prompt"), self.now
+        index, filled = self._pack(units, segment.columns, segment.valid)
+        rows = units.rows[:, None]
+        size = self.state.tokens.size[rows, segment.columns[rows, index]]
+        question = self._asked(units, hidden, segment)
+        tokens = VisualTokens(units.units, hidden[rows, index], filled, size, question=question)
+        self.asking.choose(reducer, units.rows, reducer.raters(tokens), segment)
 
-        Args:
-            project: the projector, [..., Dv] -> [..., D]; rotary: the decoder's rotary embedding.
+    @property
+    def now(self) -> Segment:
+        """What the rows are, also while they are the whole prompt."""
+        if self.segment is not None:
+            return self.segment
+        if self._whole is None:
+            role = self.state.tokens.role
+            everything = torch.arange(self.state.length, device=role.device).expand_as(role)
+            self._whole = Segment(everything, None, self.state.length)
+        return self._whole
+
+    def reduce(self, reducer: Reducer, layer: int, hidden: torch.Tensor, parts: Parts) -> torch.Tensor:
+        """Let `reducer` act on `hidden` [B, n, D] at the input of `layer`; returns the rows that remain.
 
         Raises:
             BudgetError: more tokens are to be kept than a unit has.
@@ -130,18 +169,22 @@ class Prefill:
             for unit in units.units:
                 if not unit.grids:
                     raise PlanError(f"{reducer.name} needs complete grids; row {unit.row} has none in {unit.label}.")
-        counts = [reducer.budget(unit) for unit in units.units]
-        if counts == [unit.count for unit in units.units]:
+        held = [unit.count for unit in units.units]
+        # a unit that an adaptive method has emptied has nothing to be reduced
+        planned = None if reducer.adaptive else [reducer.budget(unit) if unit.count else 0 for unit in units.units]
+        if planned == held:
             return hidden
         batch, slots = hidden.shape[:2]
-        segment = self.segment
-        if segment is None:
-            everything = torch.arange(slots, device=hidden.device).expand(batch, -1)
-            segment = Segment(everything, None, slots)
+        segment = self.now
         columns, valid = segment.columns, segment.valid
         index, filled = self._pack(units, columns, valid)
-        tokens = self._view(reducer, units, hidden, columns, index, filled)
-        selection = reducer.reduce(tokens, counts)
+        tokens = self._view(reducer, units, hidden, segment, index, filled, parts)
+        if planned is None:
+            selection, counts = reducer.choose(tokens)
+            if counts == held:
+                return hidden
+        else:
+            selection, counts = reducer.reduce(tokens, planned), planned
         kept = index.gather(1, selection.index)
         places = (units.rows[:, None] * slots + kept).flatten()
         if len(set(counts)) > 1:  # flat numbers of the valid entries, from counts the host knows
@@ -152,7 +195,7 @@ class Prefill:
         else:
             chosen = None
         if selection.mix is not None:
-            hidden = self._merge(reducer, hidden, tokens, selection, places, chosen, columns, project)
+            hidden = self._merge(reducer, hidden, tokens, selection, places, chosen, columns, parts.project)
         keep = torch.zeros(batch * slots, dtype=torch.bool, device=hidden.device).index_fill_(0, places, True)
         keep = keep.view(batch, slots)
         role = self.state.tokens.role.gather(1, columns)
@@ -162,7 +205,7 @@ class Prefill:
             keep |= alive & (role == Role.SEPARATOR) & self._lines_alive(keep & (role == Role.IMAGE), columns)
         self._bury(alive & ~keep, columns, layer)
         if reducer.position_policy == "compact":
-            self._compact(alive & ~keep, columns, hidden, rotary)
+            self._compact(alive & ~keep, columns, hidden, parts.rotary)
         self.units = {reducer.scope: units.with_counts(counts)}
         if self.simulate:
             self._hold(Segment(columns, keep, segment.length))
@@ -196,23 +239,56 @@ class Prefill:
         reducer: Reducer,
         units: Units,
         hidden: torch.Tensor,
-        columns: torch.Tensor,
+        segment: Segment,
         index: torch.Tensor,
         filled: torch.Tensor,
+        parts: Parts,
     ) -> VisualTokens:
         rows = units.rows[:, None]
-        at = columns[rows, index]
+        at = segment.columns[rows, index]
         tower = None
         if "tower" in reducer.needs:
             assert self.tower is not None
             source = self.state.tokens.source[rows, at].clamp(min=0)
             tower = TowerTokens(self.tower.features[source], self.tower.attention[source], self.tower.keys[source])
-        attention = None
+        attention = question = own = None
         if "last_row_attention" in reducer.needs:
-            assert self.scores is not None
-            attention = self.scores.to(at.device)[rows, index]
+            attention = self.scores[LAST]
+        elif "question_attention" in reducer.needs:
+            attention = self.scores[reducer]
+        elif "own_row_attention" in reducer.needs:
+            attention = self._own_row(hidden, segment, parts)
+        if attention is not None:
+            attention = attention.to(at.device)[rows, index]
+        if "question" in reducer.needs:
+            question = self._asked(units, hidden, segment)
+        if "own_heads" in reducer.needs:
+            own = self._own_heads(hidden, rows, index, parts)
         size = self.state.tokens.size[rows, at]
-        return VisualTokens(units.units, hidden[rows, index], filled, size, attention, tower)
+        return VisualTokens(units.units, hidden[rows, index], filled, size, attention, tower, question, own)
+
+    def _asked(self, units: Units, hidden: torch.Tensor, segment: Segment) -> QuestionTokens:
+        slots, used = self.asking.slots(segment)
+        return QuestionTokens(hidden[units.rows[:, None], slots[units.rows]], used[units.rows])
+
+    def _own_row(self, hidden: torch.Tensor, segment: Segment, parts: Parts) -> torch.Tensor:
+        """Attention of the last prompt row in the layer about to be entered, float32 [B, n]."""
+        assert self.rope is not None
+        query, key, scale = parts.heads(hidden, self.rope)
+        slots = torch.arange(hidden.shape[1], device=hidden.device)
+        last = slots[-1:].expand(len(hidden)) if self.last is None else self.last.to(hidden.device)
+        visible = self.state.tokens.role.gather(1, segment.columns) != Role.PAD
+        visible = visible if segment.valid is None else visible & segment.valid
+        visible = visible & (slots <= last[:, None])
+        query = query.gather(2, last[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))
+        return key_scores(query, key, scale=scale, mask=visible[:, None, None], heads="mean")
+
+    def _own_heads(self, hidden: torch.Tensor, rows: torch.Tensor, index: torch.Tensor, parts: Parts) -> OwnHeads:
+        assert self.rope is not None
+        still = torch.ones_like(self.rope[0]), torch.zeros_like(self.rope[1])  # a rotation by nothing
+        query, key, _ = parts.heads(hidden, still)
+        found = (query, key, parts.heads(hidden, self.rope)[1])
+        return OwnHeads(*(x.transpose(1, 2)[rows, index].transpose(1, 2) for x in found))
 
     def _merge(
         self,
@@ -293,8 +369,8 @@ class Prefill:
         self.rope = (gather_rows(self.rope[0], order), gather_rows(self.rope[1], order))
         if self.position is not None:
             self.position = self.position.expand(len(order), -1).gather(1, order)
-        if self.scores is not None:
-            self.scores = self.scores.to(order.device).gather(1, order)
+        for asker, scores in self.scores.items():
+            self.scores[asker] = scores.to(order.device).gather(1, order)
         drafts = self.facts.drafts
         self.last = order.new_full((len(order),), longest - 1 - drafts) if drafts else None
         return gather_rows(hidden, order)

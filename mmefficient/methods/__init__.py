@@ -22,7 +22,8 @@ def _registry() -> dict[str, type[Reducer]]:
         package = importlib.import_module(folder.name)
         for module in pkgutil.iter_modules(package.__path__, f"{folder.name}."):
             for value in vars(importlib.import_module(module.name)).values():
-                if isinstance(value, type) and issubclass(value, Reducer) and value.__module__ == module.name:
+                own = isinstance(value, type) and issubclass(value, Reducer) and value.__module__ == module.name
+                if own and not value.__name__.startswith("_"):  # stages of a method are none themselves
                     found[value.name] = value
     for entry in entry_points(group="mmefficient.methods"):
         method = entry.load()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
+from mmefficient.errors import PlanError
 from mmefficient.points import Reducer, Scope, Selection, Unit, VisualTokens, about
+from mmefficient.profiles import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,23 @@ class Exit(Reducer):
     summary: ClassVar[str] = "all visual tokens leave at the input of a layer (VTW)"
     scope: ClassVar[Scope] = "prompt"
 
-    layer: int = field(metadata=about("decoder layer at whose input every visual token leaves"))
+    layer: int | Literal["auto"] = field(
+        metadata=about("decoder layer at whose input every visual token leaves; auto = the checkpoint's profile")
+    )
+
+    def __post_init__(self) -> None:
+        if self.layer != "auto" and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
+            raise PlanError(f"exit: layer={self.layer!r} is neither a whole number nor 'auto'.")
+        super().__post_init__()
+
+    @property
+    def site(self) -> int:
+        return 10**6 if isinstance(self.layer, str) else self.layer  # after everything, until the profile is read
+
+    def stages(self, checkpoint: Checkpoint) -> tuple[Reducer, ...]:
+        if isinstance(self.layer, int):
+            return (self,)
+        return (Exit(int(checkpoint.profile(self.name).facts["layer"])),)
 
     def budget(self, unit: Unit) -> int:
         return 0
