@@ -1,13 +1,13 @@
 """Make Hugging Face vision-language models cheaper to run, by changing how the language model treats image tokens.
 
-    import mmefficient as mm
+import mmefficient as mm
 
-    with mm.Plan("fastv(layer=2,keep=0.25)").apply(model) as run:  # any supported transformers model
-        model.generate(**inputs)
-    run.report()
+with mm.Plan("fastv(layer=2,keep=0.25)").apply(model) as run:  # any supported transformers model
+    model.generate(**inputs)
+run.report()
 
-    vlm = mm.VLM.from_pretrained("reference", plan="fastv(layer=2,keep=0.25)")
-    vlm.ask("picture.png", "How many dogs are there?").text
+vlm = mm.VLM.from_pretrained("reference", plan="fastv(layer=2,keep=0.25)")
+vlm.ask("picture.png", "How many dogs are there?").text
 """
 
 from __future__ import annotations

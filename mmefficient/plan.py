@@ -168,7 +168,7 @@ def _compose(methods: tuple[Reducer, ...]) -> None:
     for before, after in pairwise(methods):
         if before.name == "exit":
             raise PlanError(f"{after} follows {before}, after which no visual token is left; put the exit last.")
-        if after.site < before.site:
+        if after.site < before.site and not (after.staged or before.staged):
             raise PlanError(f"{after} acts before {before}; write methods in the order of their layers.")
         if "full_grid" in after.needs:
             raise PlanError(f"{after} needs complete patch grids, which {before} breaks up; put it first.")

@@ -130,8 +130,8 @@ class VisualTokens:
         size: float32 [U, N], original tokens each one stands for.
         attention: float32 [U, N] or None: probability each token receives, mean over heads. `Reducer.needs` says from
             whom: "last_row_attention", the last prompt row in the previous layer; "own_row_attention", the same row in
-            the layer about to be entered; "question_attention", the previous layer's question rows, mean over those that
-            `Reducer.raters` chose.
+            the layer about to be entered; "question_attention", the question rows that `Reducer.raters` chose in the
+            previous layer, mean over them.
         tower, question, own: present when "tower", "question", "own_heads" is in `Reducer.needs`.
     """
 
@@ -221,6 +221,11 @@ class Reducer:
         return getattr(self, "layer", 0)
 
     @property
+    def staged(self) -> bool:
+        """Whether only `stages` knows the sites."""
+        return type(self).stages is not Reducer.stages
+
+    @property
     def position_policy(self) -> Positions:
         """'keep': surviving tokens keep their position ids. 'compact': ids close up, later text included."""
         return getattr(self, "positions", "keep")
@@ -253,7 +258,7 @@ class Reducer:
         return (self,)
 
     def raters(self, tokens: VisualTokens) -> torch.Tensor:
-        """bool [U, Q]: whose attention `VisualTokens.attention` is ("question_attention"); identity: every question row.
+        """bool [U, Q]: whose attention `VisualTokens.attention` is ("question_attention"); identity: all question rows.
 
         Args:
             tokens: the prompt at the language model's input, one unit per row, with `question`.

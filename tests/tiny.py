@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +26,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from mmefficient.profiles import Profile
+
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl")
 LAYERS = 4
 IMAGE, VIDEO, START, END, PAD = 90, 91, 92, 93, 0
@@ -32,6 +38,23 @@ TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "nu
          "image_size": 16, "patch_size": 4}  # fmt: skip
 SIZES = [(24, 30), (16, 16), (40, 20)]
 """Heights and widths of successive images; families with variable resolution make different token counts of them."""
+
+
+def _profile(kind: str, facts: dict[str, Any], **shapes: tuple[int, ...]) -> Path:
+    """A profile with random parameters of the given shapes, in a folder that ends with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="mmefficient-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    noise = torch.Generator().manual_seed(0)
+    path = folder / f"{kind}-tiny.json"
+    tensors = {name: torch.randn(shape, generator=noise) for name, shape in shapes.items()}
+    Profile(kind, "any", facts, {}).write(path, tensors)
+    return path
+
+
+GATES = _profile(
+    "dyvte", {"layers": LAYERS, "bias": 0.0}, inner=(LAYERS - 1, 8, 2 * TEXT["hidden_size"]), outer=(LAYERS - 1, 2, 8)
+)
+HEAD = _profile("urag", {"layer": 1}, inner=(16, 32), inner_bias=(16,), outer=(8, 16), outer_bias=(8,))
 
 
 def build(family: str, implementation: str = "sdpa", seed: int = 0) -> PreTrainedModel:

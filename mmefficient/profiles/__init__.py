@@ -1,7 +1,7 @@
 """Profiles: facts measured, and parameters fitted, once per checkpoint; small files that know where they came from.
 
-A profile is `<kind>-<name>.json`, with `<kind>-<name>.safetensors` beside it if it has parameters. It is found by the kind
-and by the weights it was made with, in this folder and in those that the environment variable MMEFFICIENT_PROFILES lists.
+A profile is `<kind>-<name>.json`, with `<kind>-<name>.safetensors` beside it if it has parameters. It is found by its
+kind and by the weights it was made with, in this folder and in those that the variable MMEFFICIENT_PROFILES lists.
 """
 
 from __future__ import annotations

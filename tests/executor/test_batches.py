@@ -26,6 +26,12 @@ PLANS = [
     "vispruner(keep=0.4,important=0.5)",
     "scope(keep=0.4)",
     "divprune(keep=0.4,positions=keep)",
+    "pyramiddrop(shares=(0.6,0.4,0.2))",
+    "sparsevlm(shares=(0.7,0.5,0.3),recycle=0.6,layers=(1,2,3))",
+    "random(keep=0.8)+sparsevlm(shares=(0.6,0.5,0.2),recycle=0)+exit(layer=3)",
+    "urag(keep=1,layer=2)+pyramiddrop",
+    f"dyvte(gates='{tiny.GATES}')",
+    f"urag(keep=1,head='{tiny.HEAD}')+dyvte(gates='{tiny.GATES}')+fastv(layer=2,keep=0.5)",
     "pool(keep=0.5)+random(keep=0.7)+fastv(layer=1,keep=0.5)+fastv(layer=2,keep=1)+exit(layer=3)",
 ]
 

@@ -16,7 +16,7 @@ from mmefficient.profiles import Checkpoint, Profile
 
 @dataclass(frozen=True)
 class DyVTE(Reducer):
-    """One gate after every layer, on the states of the question alone; each row of a batch leaves when its gate fires."""
+    """One gate after every layer, on the states of the question alone; a row's tokens leave when its gate fires."""
 
     name: ClassVar[str] = "dyvte"
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.19628"
@@ -27,10 +27,6 @@ class DyVTE(Reducer):
         default="auto", metadata=about("profile with the gates; auto = the one made for this checkpoint", quiet=True)
     )
     bias: float = field(default=0.0, metadata=about("added to the gates' logit: more than 0 exits earlier"))
-
-    @property
-    def site(self) -> int:
-        return 1
 
     def stages(self, checkpoint: Checkpoint) -> tuple[Reducer, ...]:
         profile = checkpoint.profile(self.name, self.gates)

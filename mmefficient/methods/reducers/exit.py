@@ -33,7 +33,7 @@ class Exit(Reducer):
 
     @property
     def site(self) -> int:
-        return 10**6 if isinstance(self.layer, str) else self.layer  # after everything, until the profile is read
+        return 0 if isinstance(self.layer, str) else self.layer  # `stages` knows
 
     def stages(self, checkpoint: Checkpoint) -> tuple[Reducer, ...]:
         if isinstance(self.layer, int):

@@ -24,8 +24,8 @@ def check_shares(name: str, shares: Sequence[float], stages: int) -> None:
 
 
 def part(share: float, unit: Unit) -> int:
-    """Tokens that a share of the prompt's tokens leaves of `unit`: at least one, and no more than it holds."""
-    return min(unit.count, max(1, int(share * unit.total)))
+    """Tokens that a share of the prompt's tokens leaves of `unit`: rounded, at least 1, no more than it holds."""
+    return min(unit.count, max(1, int(share * unit.total + 0.5)))
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,6 @@ class PyramidDrop(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shares(self.name, self.shares, len(DEPTHS))
-
-    @property
-    def site(self) -> int:
-        return self.layers[0] if self.layers else 1
 
     def stages(self, checkpoint: Checkpoint) -> tuple[Reducer, ...]:
         layers = at_depths(self.name, self.layers, DEPTHS, checkpoint.layers)

@@ -21,7 +21,9 @@ class URaG(Reducer):
     paper: ClassVar[str] = "https://arxiv.org/abs/2511.10552"
     summary: ClassVar[str] = "keep the whole images (pages) that matter to the question"
 
-    keep: float | int = field(default=5, metadata=about("images that stay, per prompt: a fraction in (0, 1] or a count"))
+    keep: float | int = field(
+        default=5, metadata=about("images that stay, per prompt: a fraction in (0, 1] or a count")
+    )
     layer: int = field(default=6, metadata=about("decoder layer at whose input images leave; a head brings its own"))
     head: str = field(
         default="none",
@@ -60,7 +62,9 @@ class _Pages(Reducer):
 
     def limit(self, pages: int, row: int) -> int:
         """Pages of a row that stay."""
-        return min(pages, resolve_budget(self.keep, Unit(row, "the prompt", 0, pages, ())) if self.keep <= pages else pages)
+        return min(
+            pages, resolve_budget(self.keep, Unit(row, "the prompt", 0, pages, ())) if self.keep <= pages else pages
+        )
 
 
 @dataclass(frozen=True)
