@@ -1,4 +1,5 @@
-"""One attention function per stock implementation: calls it unchanged, and scores rows of the prompt when asked."""
+"""One attention function per stock implementation: calls it unchanged, scores rows of the prompt when asked, and hands
+layers with a modulation to `steering`."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmefficient.errors import ModelError
 from mmefficient.kernels.key_scores import key_scores
+from mmefficient.steering import Aside, attend
 
 KEY = "mmefficient"
 """Name of the private keyword argument that carries the state of a forward call."""
@@ -49,7 +51,7 @@ class Scoring:
 
     def __call__(
         self,
-        module: nn.Module,
+        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -62,16 +64,25 @@ class Scoring:
         if isinstance(call, Probe):
             call.query, call.key, call.scale = query, key, scale
             return query.transpose(1, 2), None  # of the right shape, and thrown away
-        if call is not None:
+        if call is not None and not isinstance(call, Aside):
             for asker, rows, used in call.asking(module.layer_idx):
                 call.set_scores(asker, row_scores(query, key, attention_mask, rows, used, scale))
         if self.implementation == "eager":
-            stock: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+            function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
         else:
-            stock = ALL_ATTENTION_FUNCTIONS[self.implementation]
+            function = ALL_ATTENTION_FUNCTIONS[self.implementation]
         # flash kernels are looked up by the name in the module's config
         seen = _Unwrapped(module, self.implementation) if "flash" in self.implementation else module
-        return stock(seen, query, key, value, attention_mask, **kwargs)
+        if isinstance(call, Aside):
+            out, weights = function(seen, query, key, value, attention_mask, **kwargs)
+            return call.attended(out), weights
+        if call is None or not call.steers(module.layer_idx):
+            return function(seen, query, key, value, attention_mask, **kwargs)
+
+        def stock() -> torch.Tensor:
+            return function(seen, query, key, value, attention_mask, **kwargs)[0]
+
+        return attend(module.layer_idx, query, key, value, attention_mask, call, scale, stock), None
 
 
 def row_scores(

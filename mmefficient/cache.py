@@ -80,3 +80,9 @@ def stored_rows(cache: Cache | None, index: int, arriving: int) -> int:
     if layer is None or not layer.is_initialized or layer.keys.numel() == 0:
         return arriving
     return layer.keys.shape[-2] + arriving
+
+
+def written_rows(cache: Cache | None, index: int, offered: int) -> int:
+    """How many of the `offered` key rows of layer `index` hold something, after this call's rows were written."""
+    layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    return int(layer.cumulative_length) if isinstance(layer, StaticLayer) else offered

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import Cache
 
+from mmefficient.cache import written_rows
 from mmefficient.errors import InputError
-from mmefficient.masks import Segment
+from mmefficient.masks import Segment, seen_by_last
+from mmefficient.modulation import Modulation
 from mmefficient.points import Reducer
 from mmefficient.reduction import LAST, Asker, Prefill, PromptState
 from mmefficient.tokens import images_of_rows
@@ -24,6 +27,7 @@ class Call:
         new: the call reads a new prompt; state: the prompt it reads or continues; prefill: while it reads one.
         kinds: for "image" and "video", bool [B, S] on the CPU: the placeholders of a new prompt.
         vision: the images that fill them; repeats: how often `generate` repeated the rows after encoding.
+        modulated: by decoder layer, the modulations that act there; layers: the decoder's; cache: the call's.
     """
 
     def __init__(self, asked: Mapping[int, Sequence[Reducer]], drafts: int, strict: bool) -> None:
@@ -37,6 +41,10 @@ class Call:
         self.new = False
         self.drafts = drafts
         self.memo: tuple[Any, Segment, torch.Tensor | None] | None = None
+        self.modulated: Mapping[int, tuple[Modulation, ...]] = {}
+        self.layers: Any = ()
+        self.cache: Cache | None = None
+        self._stored: tuple[Any, int, torch.Tensor, list[torch.Tensor]] | None = None
 
     def receive(self, kind: str, vision: Vision) -> None:
         """Take the images of the prompt; raises InputError when they do not fit the placeholders."""
@@ -68,6 +76,28 @@ class Call:
         for reducer in reducers:
             if "question_attention" in reducer.needs:
                 yield reducer, *self.prefill.asking.rows(reducer, self.prefill.now)
+
+    def steers(self, layer: int) -> bool:
+        """Whether attention in this layer is more than the stock function's."""
+        if self.prefill is None:
+            return self.state is not None and layer in self.state.steered and bool(self.modulated)
+        busy = self.prefill.blind is not None or self.prefill.key_bias is not None
+        return busy or (layer in self.modulated and self.prefill.has_visual)
+
+    def stored(
+        self, layer: int, mask: torch.Tensor | None, key: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Keys that hold something, int32 [B], and a bias [B, 1, K] that hides others, or none; shared by layers."""
+        batch, keys = len(key), key.shape[2]
+        if self._stored is None or self._stored[0] is not mask or self._stored[1] != keys:
+            written = written_rows(self.cache, layer, keys) if mask is None else keys
+            lengths = torch.full((batch,), written, dtype=torch.int32, device=key.device)
+            unseen = []
+            if mask is not None:
+                seen = seen_by_last(mask).to(key.device).expand(batch, -1)
+                unseen = [torch.zeros(seen.shape, device=key.device).masked_fill_(~seen, float("-inf"))[:, None]]
+            self._stored = (mask, keys, lengths, unseen)
+        return self._stored[2], self._stored[3]
 
     def set_scores(self, asker: Asker, scores: torch.Tensor) -> None:
         """Hand scores to the next layer's reducers."""

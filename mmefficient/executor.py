@@ -15,11 +15,13 @@ from torch import nn
 from transformers import DynamicCache
 
 from mmefficient.attention import KEY, Probe, scoring
+from mmefficient.blind import Blind
 from mmefficient.cache import fit_layer, stored_rows
 from mmefficient.call import Call
 from mmefficient.errors import InputError, ModelError, PlanError
 from mmefficient.masks import decode_mask, prefill_mask
-from mmefficient.points import Reducer, Scope
+from mmefficient.modulation import Modulation, by_layer
+from mmefficient.points import Method, Reducer, Scope
 from mmefficient.profiles import Checkpoint
 from mmefficient.reduction import HostFacts, Parts, Prefill, PromptState, Rope
 from mmefficient.run import Run
@@ -39,12 +41,16 @@ Hooked = tuple[tuple[Any, ...], dict[str, Any]]
 class Executor:
     """A plan on one model."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, reducers: Sequence[Reducer], run: Run) -> None:
-        self.model, self.adapter, self.run = model, adapter, run
+    def __init__(self, model: nn.Module, adapter: Adapter, methods: Sequence[Method], run: Run) -> None:
+        self.model, self.adapter, self.methods, self.run = model, adapter, tuple(methods), run
         checkpoint = Checkpoint(model, len(adapter.layers))
-        stages = [stage for reducer in reducers for stage in reducer.stages(checkpoint)]
-        self.reducers = sorted(stages, key=lambda stage: stage.site)  # stable: a plan's order within a layer
-        self.watcher = Watcher(adapter, any("tower" in reducer.needs for reducer in self.reducers))
+        stages = [stage for method in methods for stage in method.stages(checkpoint)]
+        # stable: a plan's order within a layer
+        self.reducers = sorted((each for each in stages if isinstance(each, Reducer)), key=lambda each: each.site)
+        self.modulated = by_layer([each for each in stages if isinstance(each, Modulation)], len(adapter.layers))
+        blinding = [layer for layer, each in self.modulated.items() if any("blind" in m.needs for m in each)]
+        self.blind_until = max(blinding, default=-1)
+        self.watcher = Watcher(adapter, any("tower" in stage.needs for stage in stages))
         self.configs = self._text_configs()
         self.implementation: str = adapter.decoder.config._attn_implementation
         self.flash = "flash" in self.implementation
@@ -52,10 +58,12 @@ class Executor:
             layer: [r for r in self.reducers if r.site == layer + 1 and r.needs & FROM_LAYER_BEFORE]
             for layer in range(len(adapter.layers))
         }
-        self.scoring = any(r.needs & (FROM_LAYER_BEFORE | FROM_OWN_LAYER) for r in self.reducers)
+        self.attending = any(r.needs & (FROM_LAYER_BEFORE | FROM_OWN_LAYER) for r in self.reducers)
+        self.attending |= bool(self.modulated)
         self.rated = [r for r in self.reducers if "question_attention" in r.needs]
-        self.scopes: set[Scope] = {r.scope for r in self.reducers} | ({"prompt"} if self.rated else set())
-        if self.reducers:
+        whole: set[Scope] = {"prompt"} if self.rated or self.modulated else set()
+        self.scopes: set[Scope] = {r.scope for r in self.reducers} | whole
+        if self.methods:
             self._check()
 
     def _text_configs(self) -> list[Any]:
@@ -83,9 +91,9 @@ class Executor:
         if kinds != {"full_attention"}:
             raise ModelError(f"{name} has {', '.join(sorted(kinds))} layers; only full attention can drop tokens.")
         scoring(self.implementation)
-        if self.scoring and (getattr(self.model, "tp_size", None) or 1) > 1:
+        if self.attending and (getattr(self.model, "tp_size", None) or 1) > 1:
             raise ModelError(
-                "tensor-parallel ranks score their own heads and would keep different tokens; use one device."
+                "tensor-parallel ranks see their own heads alone and would decide differently; use one device."
             )
 
     def attach(self) -> list[Callable[[], Any]]:
@@ -101,7 +109,7 @@ class Executor:
         # every layer, also with no methods: a cache may hold a prompt that another plan has read
         handles += [layer.register_forward_pre_hook(self.on_layer, with_kwargs=True) for layer in adapter.layers]
         undo += [handle.remove for handle in handles]
-        if self.scoring:
+        if self.attending:
             name = scoring(self.implementation)
             for config in self.configs:
                 undo.append(partial(_set_attention, config, config._attn_implementation))
@@ -123,24 +131,27 @@ class Executor:
         kwargs = dict(kwargs)
         drafts = kwargs.pop(KEY, 0)
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if kwargs.get("cache") is not None and self.reducers:
+        if kwargs.get("cache") is not None and self.methods:
             raise ModelError("continuous batching (generate_batch) is not supported; use generate.")
         cache = kwargs.get("past_key_values")
         if cache is None:
             use_cache = kwargs.get("use_cache")
             if self.adapter.decoder.config.use_cache if use_cache is None else use_cache:
                 cache = kwargs["past_key_values"] = DynamicCache(config=self.adapter.decoder.config)
-        call = Call(self.asked, drafts, strict=bool(self.reducers))
+        call = Call(self.asked, drafts, strict=bool(self.methods))
+        call.cache, call.layers = cache, self.adapter.layers
         call.state = getattr(cache, STATE, None)
         arriving = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
         empty = cache is None or ((arriving > 1 or call.state is None) and int(cache.get_seq_length()) == 0)
         if ids is None and empty:
-            if self.reducers:
+            if self.methods:
                 raise InputError("inputs_embeds hide where the image tokens are; pass input_ids instead.")
             return args, kwargs
         call.new = empty
+        if empty or (call.state is not None and call.state.plan == self.run.plan):
+            call.modulated = self.modulated
         pixels = any(kwargs.get(name) is not None for name in PIXELS.values())
-        if not empty and self.reducers and (pixels or any((kwargs.get("mm_encoder_outputs") or {}).values())):
+        if not empty and self.methods and (pixels or any((kwargs.get("mm_encoder_outputs") or {}).values())):
             raise InputError("an image arrives on a cache already in use; start a new cache for a new image.")
         if call.new:
             assert ids is not None
@@ -176,6 +187,7 @@ class Executor:
         if call is None or call.new:  # decoding steps encode nothing, and may be compiled
             self.watcher.settle()
             self.watcher.take()
+            self.run.acted |= call is not None and call.state is not None and bool(call.state.steered)
 
     def on_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
         """Build the token map of a new prompt; move the positions of later tokens."""
@@ -250,11 +262,15 @@ class Executor:
         for reducer in self.rated if index == 0 and prefill.has_visual else ():
             prefill.choose_raters(reducer, hidden)
         parts = Parts(self._project, self._rotary, partial(self._heads, layer))
+        if index == 0 and self.blind_until >= 0 and prefill.has_visual:
+            prefill.blind = Blind(prefill, hidden, mask, parts, self.adapter.mrope, self.flash)
+        if index == self.blind_until + 1:
+            prefill.blind = None
         for reducer in self.reducers:
             if reducer.site == index and prefill.has_visual:
                 self.run.acted = True
                 hidden = prefill.reduce(reducer, index, hidden, parts)
-        segment = prefill.segment
+        segment, prefill.hidden = prefill.segment, hidden
         if cache is not None:
             fit_layer(cache, index, 0 if segment is None else segment.length - segment.slots)
         if segment is None:

@@ -123,3 +123,9 @@ def _like(visible: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype == torch.bool:
         return visible
     return torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
+
+
+def seen_by_last(mask: torch.Tensor) -> torch.Tensor:
+    """bool [B, K]: the keys that the last row sees, from a mask as attention functions get it."""
+    mask = mask if mask.ndim == 2 else mask[:, 0, -1]
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

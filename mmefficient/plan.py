@@ -15,7 +15,7 @@ from mmefficient.errors import ModelError, PlanError, SilentPlanError, UnknownMe
 from mmefficient.executor import Executor
 from mmefficient.methods import method, suggest
 from mmefficient.models import adapter_for
-from mmefficient.points import Reducer
+from mmefficient.points import Method, Reducer
 from mmefficient.run import Run
 
 Mode = Literal["apply", "simulate"]
@@ -35,7 +35,7 @@ class Plan:
         PlanError: the text cannot be read, or the methods cannot be composed.
     """
 
-    def __init__(self, methods: str | Plan | Iterable[Reducer] | None = None) -> None:
+    def __init__(self, methods: str | Plan | Iterable[Method] | None = None) -> None:
         if isinstance(methods, str):
             self.methods = tuple(_parse(methods))
         elif isinstance(methods, Plan):
@@ -110,7 +110,7 @@ class Plan:
             raise SilentPlanError(f"the plan {self} saw images but never acted; check that its layers are reached.")
 
 
-def _parse(text: str) -> Iterator[Reducer]:
+def _parse(text: str) -> Iterator[Method]:
     if text.strip() in ("", "none"):
         return
     try:
@@ -146,7 +146,7 @@ def _value(keyword: ast.keyword, text: str) -> Any:
         raise PlanError(f"{ast.unparse(keyword)!r} in the plan {text!r} is not a plain value.") from error
 
 
-def _make(name: str, values: Mapping[str, Any]) -> Reducer:
+def _make(name: str, values: Mapping[str, Any]) -> Method:
     kind = method(name)
     known = {f.name: f for f in fields(kind)}
     for given in values:
@@ -158,14 +158,16 @@ def _make(name: str, values: Mapping[str, Any]) -> Reducer:
     return kind(**values)
 
 
-def _compose(methods: tuple[Reducer, ...]) -> None:
+def _compose(methods: tuple[Method, ...]) -> None:
     """Refuse what has no meaning, with a sentence that says why."""
     for each in methods:
-        if not isinstance(each, Reducer):
+        if not isinstance(each, Method):
             raise PlanError(f"{each!r} is not a method; give method instances or text.")
+    reducers = [each for each in methods if isinstance(each, Reducer)]
+    for each in reducers:
         if each.position_policy == "compact" and each.site > 0:
             raise PlanError(f"{each}: position ids can only close up at the language model's input (layer 0).")
-    for before, after in pairwise(methods):
+    for before, after in pairwise(reducers):
         if before.name == "exit":
             raise PlanError(f"{after} follows {before}, after which no visual token is left; put the exit last.")
         if after.site < before.site and not (after.staged or before.staged):

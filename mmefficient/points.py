@@ -196,17 +196,50 @@ def at_depths(name: str, given: Sequence[int], depths: Sequence[float], layers: 
 
 
 @dataclass(frozen=True)
-class Reducer:
+class Method:
+    """What all methods share: a frozen dataclass whose fields are its settings.
+
+    Attributes:
+        name: as plans write it; point: which extension point it fills; paper: link; summary: one line for lists.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    point: ClassVar[str]
+    summary: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, list):  # JSON has no tuples
+                object.__setattr__(self, f.name, tuple(value))
+            if f.type in (int, "int") and (isinstance(value, bool) or not isinstance(value, int)):
+                raise PlanError(f"{self.name}: {f.name}={value!r} is not a whole number.")
+
+    def __str__(self) -> str:
+        given = [(f, getattr(self, f.name)) for f in fields(self)]
+        shown = [f"{f.name}={_text(v)}" for f, v in given if not (f.metadata.get("quiet") and v == f.default)]
+        return f"{self.name}({','.join(shown)})"
+
+    def stages(self, checkpoint: Checkpoint) -> tuple[Method, ...]:
+        """What carries the method out on a model, each with its own site; most methods are their own.
+
+        A method that acts in several layers, or whose layer or parameters depend on the checkpoint, gives others. Their
+        class names begin with an underscore, which keeps them from being methods of their own.
+        """
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Reducer(Method):
     """Which visual tokens exist from a site on. Identity: keep all.
 
     A method is a frozen dataclass that sets the class variables and overrides `score` (rank, keep the best) or `reduce`
     (anything else, such as merging). Gathering, positions, ragged batches, caches and accounting are done for it.
     """
 
-    name: ClassVar[str]
-    paper: ClassVar[str]
     point: ClassVar[str] = "reducer"
-    summary: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     """What the method asks for: see `VisualTokens`; "full_grid": every view of a unit is a complete grid."""
     adaptive: ClassVar[bool] = False
@@ -223,7 +256,7 @@ class Reducer:
     @property
     def staged(self) -> bool:
         """Whether only `stages` knows the sites."""
-        return type(self).stages is not Reducer.stages
+        return type(self).stages is not Method.stages
 
     @property
     def position_policy(self) -> Positions:
@@ -233,29 +266,11 @@ class Reducer:
     def __post_init__(self) -> None:
         if self.position_policy not in ("keep", "compact"):
             raise PlanError(f"{self.name}: positions={self.position_policy!r} is neither 'keep' nor 'compact'.")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, list):  # JSON has no tuples
-                object.__setattr__(self, f.name, tuple(value))
-            if f.type in (int, "int") and (isinstance(value, bool) or not isinstance(value, int)):
-                raise PlanError(f"{self.name}: {f.name}={value!r} is not a whole number.")
+        super().__post_init__()
         if self.site < 0:
             raise PlanError(f"{self.name}: layer={self.site} is not a layer number; count from 0.")
         if hasattr(self, "keep"):
             check_budget(f"{self.name}: keep", self.keep)
-
-    def __str__(self) -> str:
-        given = [(f, getattr(self, f.name)) for f in fields(self)]
-        shown = [f"{f.name}={_text(v)}" for f, v in given if not (f.metadata.get("quiet") and v == f.default)]
-        return f"{self.name}({','.join(shown)})"
-
-    def stages(self, checkpoint: Checkpoint) -> tuple[Reducer, ...]:
-        """The reducers that carry the method out on a model, each with its own site; most methods are their own.
-
-        A method that acts in several layers, or whose layer or parameters depend on the checkpoint, gives others. Their
-        class names begin with an underscore, which keeps them from being methods of their own.
-        """
-        return (self,)
 
     def raters(self, tokens: VisualTokens) -> torch.Tensor:
         """bool [U, Q]: whose attention `VisualTokens.attention` is ("question_attention"); identity: all question rows.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -12,10 +12,15 @@ from mmefficient.asking import Asking, Question
 from mmefficient.errors import PlanError
 from mmefficient.kernels.key_scores import key_scores
 from mmefficient.masks import Segment
+from mmefficient.modulation import answering
 from mmefficient.packing import Units
 from mmefficient.points import OwnHeads, QuestionTokens, Reducer, Scope, Selection, TowerTokens, VisualTokens
 from mmefficient.tokens import Role, TokenMap
 from mmefficient.vision import Tower
+
+if TYPE_CHECKING:
+    from mmefficient.blind import Blind
+    from mmefficient.steering import Part
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 LAST: Literal["last"] = "last"
@@ -48,6 +53,7 @@ class PromptState:
         tokens: the map, on the model's device.
         segments: by decoder layer, what it holds; layers that hold the whole prompt are absent.
         shift: int64 [B, 1], how far the position ids of later tokens move down; None = not at all.
+        steered: by decoder layer, what modulations do to later rows.
     """
 
     plan: str
@@ -55,6 +61,7 @@ class PromptState:
     tokens: TokenMap
     segments: dict[int, Segment] = field(default_factory=dict)
     shift: torch.Tensor | None = None
+    steered: dict[int, tuple[Part, ...]] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -74,6 +81,8 @@ class HostFacts:
         images: the most images a row has.
         drafts: tokens at the end that assisted decoding proposes; they are read with the prompt but are none of it.
         last: int64 [B], the last prompt token of each row; None = the last position everywhere.
+        behind: positions from the earliest of those to the end.
+        answers: positions from the earliest text after a last image to the end; 0 = no row has any.
     """
 
     units: Mapping[Scope, Units]
@@ -83,6 +92,8 @@ class HostFacts:
     images: int
     drafts: int
     last: torch.Tensor | None
+    behind: int
+    answers: int
 
     @classmethod
     def of(cls, tokens: TokenMap, scopes: set[Scope], drafts: int, device: torch.device) -> HostFacts:
@@ -91,6 +102,7 @@ class HostFacts:
         separators = (tokens.role == Role.SEPARATOR).any()
         real = tokens.role != Role.PAD
         last = (real.long() * torch.arange(real.shape[1])).argmax(1) - drafts
+        after = answering(tokens).any(0).nonzero()
         return cls(
             units={scope: Units.of(tokens, scope, device) for scope in scopes},
             others=others,
@@ -99,6 +111,8 @@ class HostFacts:
             images=int(tokens.image.max()) + 1,
             drafts=drafts,
             last=None if bool((last == real.shape[1] - 1).all()) else last.to(device),
+            behind=real.shape[1] - int(last.min()),
+            answers=real.shape[1] - int(after[0]) if len(after) else 0,
         )
 
 
@@ -111,6 +125,10 @@ class Prefill:
         rope: cosine and sine of the rows, [B or 1, n, d] each; position: int64 [B or 1, n] or None, as layers get it.
         scores: by who asked, float32 [B, >= n], attention in the layer before.
         asking: the question rows, and whose attention reducers want.
+        hidden: [B, n, D], what enters the current layer; patches: see `modulation.LayerPrompt`.
+        key_bias: float32 [B, n] or None, added to the logits of every key from this layer on.
+        blind: the prompt without its visual tokens, if a method asked for it.
+        behind: slots from the earliest last prompt token to the end.
     """
 
     def __init__(self, state: PromptState, facts: HostFacts, tower: Tower | None, simulate: bool) -> None:
@@ -121,8 +139,13 @@ class Prefill:
         self.position: torch.Tensor | None = None
         self.scores: dict[Asker, torch.Tensor] = {}
         self.asking = Asking(facts.question)
-        self.last = facts.last
         self._whole: Segment | None = None
+        self.last, self.behind = facts.last, facts.behind
+        self.hidden: torch.Tensor | None = None
+        self.patches: torch.Tensor | None = None
+        self.key_bias: torch.Tensor | None = None
+        self.blind: Blind | None = None
+        self._memo: dict[Hashable, Any] = {}
         self.units: dict[Scope, Units] = dict(facts.units)
 
     @property
@@ -212,7 +235,14 @@ class Prefill:
             return hidden
         return self._repack(hidden, keep, columns, self._row_counts(units, counts, keep), segment.length)
 
+    def recall(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` makes, kept for all layers that hold the same slots."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
     def _hold(self, segment: Segment) -> None:
+        self._memo.clear()
         self.segment, self.stored = segment, segment.without_end(self.facts.drafts)
 
     def _units(self, scope: Scope) -> Units:
@@ -372,6 +402,9 @@ class Prefill:
         for asker, scores in self.scores.items():
             self.scores[asker] = scores.to(order.device).gather(1, order)
         drafts = self.facts.drafts
+        self.behind = 1 + drafts
+        if self.key_bias is not None:
+            self.key_bias = self.key_bias.gather(1, order)
         self.last = order.new_full((len(order),), longest - 1 - drafts) if drafts else None
         return gather_rows(hidden, order)
 

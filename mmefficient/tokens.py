@@ -86,6 +86,14 @@ class TokenMap:
         """The same map on `device`."""
         return TokenMap(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
+    def gather(self, columns: torch.Tensor, valid: torch.Tensor | None) -> TokenMap:
+        """The positions `columns` [B, n] of every row; role PAD where `valid` [B, n] is False."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        found = {name: x.gather(-1, columns.expand(*x.shape[:-1], -1)) for name, x in found.items()}
+        if valid is not None:
+            found["role"] = found["role"].masked_fill(~valid, int(Role.PAD))
+        return TokenMap(**found)
+
     def replace(self, **changes: torch.Tensor) -> TokenMap:
         """A copy with some tensors exchanged."""
         return replace(self, **changes)

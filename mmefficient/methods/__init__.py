@@ -11,23 +11,23 @@ from importlib.metadata import entry_points
 from types import ModuleType
 
 from mmefficient.errors import PlanError, UnknownMethodError
-from mmefficient.points import Reducer
+from mmefficient.points import Method
 
 
 @cache
-def _registry() -> dict[str, type[Reducer]]:
+def _registry() -> dict[str, type[Method]]:
     """Every method by name; built on first use, so that importing the package imports no method."""
-    found: dict[str, type[Reducer]] = {}
+    found: dict[str, type[Method]] = {}
     for folder in pkgutil.iter_modules(__path__, f"{__name__}."):
         package = importlib.import_module(folder.name)
         for module in pkgutil.iter_modules(package.__path__, f"{folder.name}."):
             for value in vars(importlib.import_module(module.name)).values():
-                own = isinstance(value, type) and issubclass(value, Reducer) and value.__module__ == module.name
+                own = isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.name
                 if own and not value.__name__.startswith("_"):  # stages of a method are none themselves
                     found[value.name] = value
     for entry in entry_points(group="mmefficient.methods"):
         method = entry.load()
-        if not (isinstance(method, type) and issubclass(method, Reducer)):
+        if not (isinstance(method, type) and issubclass(method, Method)):
             raise PlanError(f"entry point {entry.name} ({entry.value}) is not a method class; uninstall or fix it.")
         if method.name in found:
             raise PlanError(f"entry point {entry.name} ({entry.value}) takes the name {method.name}, which is in use.")
@@ -35,12 +35,12 @@ def _registry() -> dict[str, type[Reducer]]:
     return found
 
 
-def methods() -> list[type[Reducer]]:
+def methods() -> list[type[Method]]:
     """All method classes, by name."""
     return [method for _, method in sorted(_registry().items())]
 
 
-def method(name: str) -> type[Reducer]:
+def method(name: str) -> type[Method]:
     """The method class called `name`.
 
     Raises:
@@ -62,7 +62,7 @@ def suggest(name: str, known: object) -> str:
 class _Methods(ModuleType):
     """Importing this package binds it over the public function `mmefficient.methods`; so it can be called."""
 
-    def __call__(self) -> list[type[Reducer]]:
+    def __call__(self) -> list[type[Method]]:
         return methods()
 
 

@@ -33,6 +33,9 @@ PLANS = [
     f"dyvte(gates='{tiny.GATES}')",
     f"urag(keep=1,head='{tiny.HEAD}')+dyvte(gates='{tiny.GATES}')+fastv(layer=2,keep=0.5)",
     "pool(keep=0.5)+random(keep=0.7)+fastv(layer=1,keep=0.5)+fastv(layer=2,keep=1)+exit(layer=3)",
+    "vaf(first=1,last=2)+fastv(layer=1,keep=0.5)",
+    "random(keep=0.5,positions=compact)+pai(alpha=0.4,first=1)",
+    "vhr(deep=0.5)+fastv(layer=2,keep=0.5)+pai(alpha=0.4)",
 ]
 
 

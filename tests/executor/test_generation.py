@@ -25,6 +25,8 @@ from tests import tiny
 from tests.executor.oracle import GREEDY, decoder_inputs, held_columns, logits, shorter_sequence
 
 PLANS = ["random(keep=0.5)", "fastv(layer=1,keep=0.5)+exit(layer=3)", "random(keep=0.5,positions=compact)"]
+PLANS += ["vhr(deep=0.5)+fastv(layer=1,keep=0.5)+vaf(first=1,last=2)"]
+LAST_ROWS = "random(keep=0.5)+pai(alpha=0.4,first=0)"
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -43,7 +45,7 @@ def test_beams_score_what_greedy_teacher_forcing_scores(family: str) -> None:
     torch.testing.assert_close(out.sequences_scores[0], score, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [*PLANS, LAST_ROWS])
 def test_ragged_beams_equal_batch_one(plan: str) -> None:
     # one image at most: transformers < 5.19 mixes up the images of beams
     model, prompts = (
@@ -58,7 +60,7 @@ def test_ragged_beams_equal_batch_one(plan: str) -> None:
             assert torch.equal(together[row, -5:], alone[0, -5:])
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [*PLANS, LAST_ROWS])
 def test_prompt_lookup_equals_greedy(plan: str) -> None:
     model = tiny.build("llava")
     ids, pixels = tiny.prompt("llava", 1, 3, 0)
@@ -102,7 +104,7 @@ def step(model: Any, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", ["apply", "simulate"])
-@pytest.mark.parametrize("plan", ["random(keep=0.5)", "fastv(layer=2,keep=0.5)+exit(layer=3)"])
+@pytest.mark.parametrize("plan", ["random(keep=0.5)", "fastv(layer=2,keep=0.5)+exit(layer=3)", *PLANS[3:], LAST_ROWS])
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_static_cache_equals_dynamic(family: str, plan: str, mode: str) -> None:
     model, batch = tiny.build(family), tiny.ragged_batch(family)

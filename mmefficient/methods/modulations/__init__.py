@@ -1,0 +1,1 @@
+"""Modulations: what attention does with the tokens it has. One method, one file."""

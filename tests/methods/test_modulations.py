@@ -1,0 +1,166 @@
+"""Modulations against their published algorithms on explicit attention matrices (fp32, prefill and 9 more tokens)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from mmefficient.call import Call
+from mmefficient.errors import PlanError, SilentPlanError
+from mmefficient.methods.modulations.vhr import VHR
+from mmefficient.plan import Plan
+from tests import tiny
+from tests.executor.oracle import GREEDY, decoder_inputs, logits
+from tests.methods.modulation_oracle import Edit, Layer, edited, in_rows, plain
+
+STEPS = 9
+
+
+def pai(layer: Layer) -> torch.Tensor:
+    """PAI, attention part: S += alpha |S| on image keys, last row, layers 2 and up."""
+    if layer.index < 2:
+        return plain(layer)
+    raised = torch.where(layer.image[:, None, None], layer.logits + 0.4 * layer.logits.abs(), layer.logits)
+    raised = torch.where(layer.logits.isinf(), layer.logits, raised)
+    return layer.out(torch.where(in_rows(layer, "last"), raised, layer.logits).softmax(-1))
+
+
+def vaf(layer: Layer) -> torch.Tensor:
+    """VAF: S *= 1.15 on image keys and 0.95 on the system prompt, rows after the image, layers 1 and 2."""
+    if layer.index not in (1, 2):
+        return plain(layer)
+    factor = torch.where(layer.image, 1.15, torch.where(layer.system, 0.95, 1.0))[:, None, None]
+    return layer.out(torch.where(in_rows(layer, "answer"), layer.logits * factor, layer.logits).softmax(-1))
+
+
+ORACLES: dict[str, Callable[[Layer], torch.Tensor]] = {
+    "pai(alpha=0.4)": pai,
+    "vaf(first=1,last=2)": vaf,
+}
+
+
+@pytest.mark.parametrize("plan", ORACLES)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_equals_the_published_algorithm(plan: str, implementation: str) -> None:
+    batch = tiny.ragged_batch("llava")
+    eager: Edit = ORACLES[plan]
+    model = tiny.build("llava", "eager")
+    with edited(model, batch["input_ids"], batch["attention_mask"], eager) as calls:
+        expected = logits(model, batch, max_new_tokens=STEPS)
+    assert len(calls) == STEPS * tiny.LAYERS
+    model = tiny.build("llava", implementation)
+    stock = logits(model, batch, max_new_tokens=STEPS)
+    with Plan(plan).apply(model):
+        found = logits(model, batch, max_new_tokens=STEPS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (found - stock)[:, [0, 2]].abs().max() > 1e-3
+    torch.testing.assert_close(found[:, 1], stock[:, 1], rtol=0, atol=1e-5)  # a row without image
+
+
+@torch.no_grad()
+def vhr_by_pairs(model: PreTrainedModel, ids: torch.Tensor, embeds: torch.Tensor, new: torch.Tensor, alpha: float,
+                 layers: set[int]) -> torch.Tensor:  # fmt: skip
+    """VHR of one row as the paper has it: a batch of (prompt, prompt without image), hooks on o_proj, no cache.
+
+    Every later step reads prompt and answer again under the gates of step 0; logits [steps, V].
+    """
+    decoder, heads, gates = model.get_decoder(), model.config.text_config.num_attention_heads, {}
+    text = embeds[ids != tiny.IMAGE]
+    pad = len(embeds) - len(text)
+    both = torch.stack([embeds, torch.cat([embeds[:1].expand(pad, -1), text])])
+    real = torch.ones(both.shape[:2], dtype=torch.long)
+    real[1, :pad] = 0
+    position = torch.stack([torch.arange(len(embeds)), (torch.arange(len(embeds)) - pad).clamp(min=0)])
+
+    def gate(layer: int, module: Any, args: Any) -> Any:
+        x = args[0].unflatten(-1, (heads, -1))
+        if layer not in gates:
+            a, b = x[0, -1], x[1, -1]
+            vhd, activity = (a - b).norm(dim=-1), b.norm(dim=-1) ** 2
+            high = (vhd > vhd.mean() + vhd.std(correction=0)) & (
+                activity > activity.mean() + activity.std(correction=0)
+            )
+            vhd = torch.where(high, 0.0, vhd)
+            ordered = vhd.sort().values
+            gates[layer] = torch.where(vhd > (ordered[heads // 2 - 1] + ordered[heads // 2]) / 2, alpha, 1.0)
+        return ((x * gates[layer][:, None]).flatten(2),)
+
+    handles = [
+        decoder.layers[layer].self_attn.o_proj.register_forward_pre_hook(partial(gate, layer)) for layer in layers
+    ]
+    hidden = decoder(inputs_embeds=both, attention_mask=real, position_ids=position, use_cache=False).last_hidden_state
+    steps = [model.lm_head(hidden[0, -1])]
+    for step in range(1, len(new)):
+        longer = torch.cat([embeds, model.get_input_embeddings()(new[:step])])[None]
+        steps.append(model.lm_head(decoder(inputs_embeds=longer, use_cache=False).last_hidden_state[0, -1]))
+    for handle in handles:
+        handle.remove()
+    assert gates.keys() == layers
+    return torch.stack(steps)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_vhr_equals_the_published_algorithm(implementation: str) -> None:
+    prompts = [tiny.prompt("llava", 1, 3, 6), tiny.prompt("llava", 2, 1, 4)]
+    model, batch = tiny.build("llava", implementation), tiny.collate("llava", prompts)
+    with Plan("vhr(alpha=1.7,deep=0.5)").apply(model):
+        out = model.generate(**batch, **{**GREEDY, "max_new_tokens": STEPS})
+    new = out.sequences[:, batch["input_ids"].shape[1] :]
+    for row, prompt in enumerate(prompts):
+        single = tiny.collate("llava", [prompt])
+        embeds, _ = decoder_inputs(model, single)
+        expected = vhr_by_pairs(model, single["input_ids"][0], embeds[0], new[row], 1.7, {1, 2, 3})
+        torch.testing.assert_close(torch.stack(out.logits)[:, row], expected, rtol=0, atol=1e-5)
+
+
+def test_vhr_chooses_half_of_the_heads_and_outliers_need_both_conditions() -> None:
+    torch.manual_seed(0)
+    blind = torch.randn(3, 32, 8)
+    seeing = blind + torch.randn(3, 32, 8)
+    assert VHR().chosen(seeing, blind).sum(1).tolist() == [16] * 3
+    # heads of one channel: 0 is active without the image, 1 diverges, 2 does both
+    blind = torch.tensor([9.0, 1, 9, *[1] * 29])[None, :, None]
+    seeing = blind + torch.tensor([2.0, 9, 9, *[1.5] * 14, *[0.5] * 15])[None, :, None]
+    assert VHR().chosen(seeing, blind)[0, :3].tolist() == [True, True, False]
+    assert VHR(outliers=False).chosen(seeing, blind)[0, :3].all()
+
+
+NEUTRAL = ["pai(alpha=0.0,first=0)", "vaf(enhance=1.0,suppress=1.0,first=0,last=-1)", "vhr(alpha=1.0)"]
+
+
+@pytest.mark.parametrize("plan", NEUTRAL)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_neutral_settings_are_the_stock_model(family: str, implementation: str, plan: str) -> None:
+    model, batch = tiny.build(family, implementation), tiny.ragged_batch(family)
+    stock = logits(model, batch)
+    with Plan(plan).apply(model):
+        torch.testing.assert_close(logits(model, batch), stock, rtol=0, atol=1e-5)
+    assert torch.equal(logits(model, batch), stock)
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        ("pai(first=9)", "layers out of range; the model has layers 0 to 3"),
+        ("pai+vaf(first=2,last=3)", "both divide the keys of layer 2 into groups"),
+        ("pai(first=0,last=1)+pai(first=1,last=2)", "both divide the keys of layer 1"),
+    ],
+)
+def test_refused(plan: str, says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        Plan(plan).apply(tiny.build("llava")).__enter__()
+    with pytest.raises(PlanError, match="no range of layers"):
+        Plan("pai(first=3,last=2)")
+
+
+def test_a_modulation_that_is_never_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Call, "steers", lambda self, layer: False)
+    model, batch = tiny.build("llava"), tiny.ragged_batch("llava")
+    with pytest.raises(SilentPlanError), Plan("pai(first=2)").apply(model):
+        logits(model, batch)
