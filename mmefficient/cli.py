@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmefficient import __version__
+from mmefficient.bench.cli import app as bench
 from mmefficient.errors import InputError, MMEfficientError
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+app.add_typer(bench, name="bench")
+
+
 @app.callback()
 def options(
     version: Annotated[
@@ -75,7 +79,7 @@ def ask(
     """Ask a question about a picture; with --plan, also show what the plan kept and where the time went."""
     from mmefficient.images import load_image
 
-    _quiet()
+    quiet()
     picture = load_image(_picture(image))  # before the model: a mistyped path should answer at once
     from mmefficient.vlm import VLM
 
@@ -113,7 +117,7 @@ def show(
     """Draw which visual tokens a plan keeps: one picture per change, what has left is dimmed."""
     from mmefficient.images import load_image
 
-    _quiet()
+    quiet()
     picture = load_image(_picture(image))
     from mmefficient.draw import kept_tokens
     from mmefficient.vlm import VLM
@@ -174,7 +178,7 @@ def evaluate(
     from mmefficient.evaluation.markdown import markdown
     from mmefficient.evaluation.processes import Processes
 
-    _quiet()
+    quiet()
     report = run_eval(
         task,
         plan or [],
@@ -209,7 +213,7 @@ def env(as_json: AsJson = False) -> None:
         print_environment(facts)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep stderr for our own sentences."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""Arithmetic of the prefill, from the text config."""
+"""Arithmetic of the prefill and size of the cache, from the text config."""
 
 from __future__ import annotations
 
@@ -13,10 +13,32 @@ def layer_flops(config: Any, rows: int) -> int:
     2 * 2 * rows^2 * H*d for attention, counted as the full square like the literature does; a causal kernel does half.
     Only the decoder layers count: no vision tower, projector, norms or language model head.
     """
+    return rows * token_flops(config) + rows * rows * pair_flops(config)
+
+
+def token_flops(config: Any) -> int:
+    """FLOPs of one token in the matrices of one decoder layer."""
     width, heads = config.hidden_size, config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or width // heads
     experts = getattr(config, "num_experts_per_tok", None) or 1
     inner = (getattr(config, "moe_intermediate_size", None) or config.intermediate_size) * experts
-    matrices = width * size * (2 * heads + 2 * groups) + 3 * width * inner
-    return 2 * rows * matrices + 4 * rows * rows * heads * size
+    return 2 * (width * head_size(config) * (2 * heads + 2 * key_heads(config)) + 3 * width * inner)
+
+
+def pair_flops(config: Any) -> int:
+    """FLOPs of one query-key pair in the attention of one decoder layer, all heads together."""
+    return 4 * config.num_attention_heads * head_size(config)
+
+
+def key_heads(config: Any) -> int:
+    """Key/value heads of a layer."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def head_size(config: Any) -> int:
+    """Width of one head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def kv_bytes(config: Any, tokens: int, itemsize: int) -> int:
+    """Bytes of keys and values; `tokens` is summed over layers and rows, `itemsize` the bytes of one number."""
+    return 2 * tokens * key_heads(config) * head_size(config) * itemsize

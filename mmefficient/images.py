@@ -55,6 +55,11 @@ def load_image(source: ImageSource) -> Image.Image:
     )
 
 
+def to_device(image: Image.Image, device: torch.device) -> torch.Tensor:
+    """The RGB picture as uint8 [3, H, W] on `device`: copied as it lies in memory, put in order there."""
+    return torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1).contiguous()
+
+
 def _from_path(source: str | os.PathLike[str]) -> Image.Image:
     name = os.fspath(source)
     if name.startswith(("http://", "https://")):

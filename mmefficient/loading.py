@@ -52,6 +52,16 @@ def load(
     return model.to(target).eval(), processor
 
 
+def pixel_options(processor: Any, device: torch.device) -> dict[str, Any]:
+    """Keywords that make an image processor work on the model's device; none where it cannot or need not.
+
+    Processors that transformers builds on torchvision take a CUDA device. Resizing there rounds differently from the
+    CPU: by at most one of 256 levels.
+    """
+    backend = getattr(processor.image_processor, "backend", None)
+    return {"device": device} if device.type == "cuda" and backend == "torchvision" else {}
+
+
 def resolve_device(device: str) -> torch.device:
     """``auto`` (the first CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
     if device == "auto":

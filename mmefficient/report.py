@@ -29,6 +29,8 @@ class Report:
         rows: one entry per row.
         prefill_flops: of the decoder layers, all rows together (see `flops.layer_flops`); simulating saves nothing.
         prefill_flops_without_plan: likewise, with no plan.
+        stored_tokens: prompt tokens whose keys and values are held after the prefill, summed over layers and rows
+            (see `flops.kv_bytes`); simulating saves nothing.
         stages_ms: milliseconds per stage, filled in by whoever timed them.
         generated_tokens: filled in by whoever decoded them.
         lives_until: per row, int32 [N]: the first decoder layer that no longer holds each visual token, prompt order.
@@ -40,6 +42,7 @@ class Report:
     rows: list[RowReport]
     prefill_flops: int
     prefill_flops_without_plan: int
+    stored_tokens: int = 0
     stages_ms: dict[str, float] = field(default_factory=dict)
     generated_tokens: int | None = None
     lives_until: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
@@ -57,12 +60,16 @@ class Report:
         held = torch.stack([tokens.alive(layer) for layer in range(layers)])  # [layers, B, S]
         visual = (held & tokens.visual).sum(-1).T.tolist()
         rows = [RowReport(int(total), kept) for total, kept in zip(tokens.visual.sum(1), visual, strict=True)]
-        full = sum(layers * layer_flops(config, count) for count in (tokens.role != Role.PAD).sum(1).tolist())
+        lengths = (tokens.role != Role.PAD).sum(1).tolist()
+        full = sum(layers * layer_flops(config, count) for count in lengths)
         computed = sum(layer_flops(config, count) for count in held.sum(-1).flatten().tolist())
+        stored = int(held.sum())
         lives = tuple(until[seen] for until, seen in zip(tokens.lives_until, tokens.visual, strict=True))
         where = torch.stack([tokens.image, tokens.view, tokens.row, tokens.col], -1)
         places = tuple(place[seen] for place, seen in zip(where, tokens.visual, strict=True))
-        return cls(plan, mode, rows, computed if mode == "apply" else full, full, lives_until=lives, places=places)
+        if mode != "apply":
+            computed, stored = full, layers * sum(lengths)
+        return cls(plan, mode, rows, computed, full, stored, lives_until=lives, places=places)
 
     def kept(self, row: int, layer: int) -> torch.Tensor:
         """int64 indices, ascending, into the visual tokens of `row` (prompt order) that decoder layer `layer` held."""

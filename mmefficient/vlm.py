@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from mmefficient.bench.timers import StageTimer
 from mmefficient.errors import InputError
-from mmefficient.images import ImageSource, load_image
-from mmefficient.loading import load
+from mmefficient.images import ImageSource, load_image, to_device
+from mmefficient.loading import load, pixel_options
 from mmefficient.plan import Plan
 from mmefficient.report import Report
 
@@ -178,6 +178,9 @@ class VLM:
                     f"Row {row} has {count} image(s) but {found} placeholder(s) {placeholder!r} in its prompt; "
                     "leave the placeholder out of the question, one is added for every image."
                 )
+        pixels = pixel_options(self.processor, self.model.device)
+        if pixels:
+            conversations = [[_on_device(message, pixels["device"]) for message in each] for each in conversations]
         try:
             inputs = self.processor.apply_chat_template(
                 conversations,
@@ -185,7 +188,7 @@ class VLM:
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left"},
+                processor_kwargs={"padding": True, "padding_side": "left", "images_kwargs": pixels},
             )
         except ValueError as error:
             raise InputError(f"The model's processor refuses the input: {error}") from error
@@ -270,10 +273,16 @@ def _as_list(image: Images) -> list[Any]:
 
 
 def _with_images_read(message: Message) -> Message:
-    def read(part: Message) -> Message:
-        return {**part, "image": load_image(part["image"])} if part["type"] == "image" else part
+    return _with_images(message, load_image)
 
-    return {**message, "content": [read(part) for part in message["content"]]}
+
+def _on_device(message: Message, device: torch.device) -> Message:
+    return _with_images(message, lambda image: to_device(image, device))
+
+
+def _with_images(message: Message, change: Callable[[Any], Any]) -> Message:
+    parts = [{**p, "image": change(p["image"])} if p["type"] == "image" else p for p in message["content"]]
+    return {**message, "content": parts}
 
 
 def _images_of(conversation: list[Message]) -> list[Any]:

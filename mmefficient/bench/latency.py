@@ -1,157 +1,79 @@
-"""What plans do to the clock: vision, prefill and decode of `generate`, with and without each plan, in one run.
+"""What a user waits for, batch by batch: every stage of engines and plans beside its floors, in one run.
 
-    python -m mmefficient.bench latency --model reference --plan "fastv(layer=2,keep=0.25)"
-    python -m mmefficient.bench latency --model llava-1.5-7b --batch 1 --batch 8 --plan "random(keep=0.25)"
+    mmefficient bench latency --model reference --plan "fastv(layer=2,keep=0.25)"
+    mmefficient bench latency --model llava-1.5-7b --batch 1 --batch 8 --plan "random(keep=64)" --out results
 
-Plans take turns in every repeat, so that a machine that slows down slows all of them. Before anything is timed, the
-empty plan must give the stock model's token ids, and every plan must keep what it says.
+Every engine's tokens are checked before anything is timed (`gate`). `first` is the time to the first token, without
+preprocessing; `decode` is per token.
 """
 
 from __future__ import annotations
 
-import shlex
-import statistics
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+from mmefficient.bench import preprocess
+from mmefficient.bench.measure import Bench, Row
+from mmefficient.bench.presets import PICTURE, prompt, visual_tokens
+from mmefficient.bench.result import Target, header
+from mmefficient.bench.tables import cell, markdown
 
-from mmefficient.bench.floors import Ceilings, measure
-from mmefficient.bench.presets import load, prompt
-from mmefficient.bench.timers import StageTimer
-from mmefficient.environment import collect
-from mmefficient.errors import MMEfficientError
-from mmefficient.loading import resolve_device, resolve_dtype
-from mmefficient.plan import Plan
-from mmefficient.report import Report
-
-STAGES = ("vision", "prefill", "decode")
+STAGES = ("preprocess", "vision", "scoring", "prefill", "first", "decode")
 
 
 def run(
-    model: str,
-    plans: Sequence[str],
+    target: Target,
+    plans: Sequence[str] = (),
     batches: Sequence[int] = (1,),
     *,
+    engines: Sequence[str] | None = None,
     repeats: int = 20,
     new_tokens: int = 16,
-    device: str = "auto",
-    dtype: str = "auto",
+    picture: tuple[int, int] = PICTURE,
 ) -> dict[str, Any]:
     """Time the plans; `none` is always one of them and the base of every ratio.
 
     Args:
-        model: a name of `presets.PRESETS`, "reference", a path or a hub id.
-        repeats: timed rounds after two for warm-up; medians are reported, with the 10th and 90th percentile.
-        new_tokens: tokens that every row generates.
+        repeats: timed rounds; medians are reported, with the 10th and 90th percentile.
+        new_tokens: tokens that every row generates. picture: width and height.
 
     Returns:
-        {"model", "rows": [...], "ceilings", "environment", ...}; a row holds batch, plan, visual tokens of the last
-        layer, ms per stage (decode per token), prefill FLOPs, the prefill's floor in ms (FLOPs or weight bytes at the
-        measured ceilings) and time over floor, and the realised ratio: time saved in the prefill over what the saved
-        FLOPs are worth at the plan-free prefill's own speed.
+        `header`, "prompt", "preprocess" and "rows"; a row holds milliseconds per stage, FLOPs, bytes and both floors
+        per stage, time over the larger floor, the speed against stock `generate`, the realised ratio (see
+        `measure.realised`), peak and cache bytes, and what the gate found; or `failed`, and no times.
     """
-    target = resolve_device(device)
-    kind = resolve_dtype("bfloat16" if dtype == "auto" and target.type == "cuda" else dtype, target)
-    net: Any = load(model, target, kind)
-    ceilings = measure(target, kind)
-    parsed = [Plan(), *(Plan(text) for text in plans if Plan(text))]
-    rows = []
+    bench = Bench(target.model, target.engines(engines), target.plans(plans), target.ceilings, repeats, new_tokens)
+    before = preprocess.measure(target.model, target.processor, [*preprocess.SIZES, picture], repeats)
+    rows: list[Row] = []
     for batch in batches:
-        inputs = prompt(net, batch)
-        _check(net, inputs, new_tokens)
-        rows += _time(net, inputs, parsed, repeats, new_tokens, ceilings)
-    return {
-        "benchmark": "latency",
-        "command": shlex.join(sys.argv),
-        "model": model,
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "dtype": str(kind).removeprefix("torch."),
-        "device": str(target),
-        "attention": net.config.get_text_config()._attn_implementation,
-        "cache": "dynamic",
-        "prompt": {"tokens": inputs["input_ids"].shape[1], "visual": _visual(net, inputs)},
-        "new_tokens": new_tokens,
-        "repeats": repeats,
-        "ceilings": {"flops_per_s": ceilings.flops, "bytes_per_s": ceilings.bandwidth},
-        "rows": rows,
-        "environment": collect(),
-    }
+        inputs = prompt(target.model, target.processor, batch, size=picture)
+        rows += bench.rows(inputs)
+    for row in rows:
+        if "ms" in row:
+            row["ms"]["preprocess"] = before[-1]["ms"]["stock" if row["engine"].startswith("hf") else "ours"]
+    tokens = {"tokens": inputs["input_ids"].shape[1], "visual": visual_tokens(target.model, inputs)}
+    shown = {"prompt": tokens | {"picture": list(picture)}, "new_tokens": new_tokens, "repeats": repeats}
+    return {**header("latency", target), **shown, "preprocess": before[:-1], "rows": rows}
 
 
-def _visual(net: Any, inputs: dict[str, torch.Tensor]) -> int:
-    return int((inputs["input_ids"][:1] == net.config.image_token_id).sum())
-
-
-def _generate(net: Any, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
-    ids: torch.Tensor = net.generate(
-        **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
-    )
-    return ids
-
-
-def _check(net: Any, inputs: dict[str, torch.Tensor], tokens: int) -> None:
-    """Raises if the empty plan changes what the stock model generates: no time is worth reporting then."""
-    stock = _generate(net, inputs, tokens)
-    with Plan().apply(net):
-        ours = _generate(net, inputs, tokens)
-    if not torch.equal(stock, ours):
-        raise MMEfficientError("the empty plan changed the generated ids; nothing was timed. Please report this.")
-
-
-def _time(
-    net: Any, inputs: dict[str, torch.Tensor], plans: Sequence[Plan], repeats: int, tokens: int, ceilings: Ceilings
-) -> list[dict[str, Any]]:
-    times: dict[Plan, list[dict[str, float]]] = {plan: [] for plan in plans}
-    reports: dict[Plan, Report] = {}
-    for index in range(repeats + 2):
-        for plan in plans:
-            with StageTimer(net) as timer, plan.apply(net) as run:
-                _generate(net, inputs, tokens)
-            if index >= 2:
-                times[plan].append({**timer.stages_ms, "decode": timer.stages_ms["decode"] / (tokens - 1)})
-            reports[plan] = run.report()
-    batch = len(inputs["input_ids"])
-    weights = sum(p.nbytes for p in net.get_decoder().parameters())
-    base = statistics.median(t["prefill"] for t in times[plans[0]])
-    rows = []
-    for plan in plans:
-        report = reports[plan]
-        prefill = statistics.median(t["prefill"] for t in times[plan])
-        floor = ceilings.floor_ms(report.prefill_flops, weights)
-        saved = 1 - report.prefill_flops / report.prefill_flops_without_plan
-        rows.append(
-            {
-                "batch": batch,
-                "plan": str(plan),
-                "visual_tokens_last_layer": report.rows[-1].kept_per_layer[-1],
-                "ms": {stage: _spread([t[stage] for t in times[plan]]) for stage in STAGES},
-                "prefill_flops": report.prefill_flops,
-                "prefill_floor_ms": floor,
-                "prefill_over_floor": prefill / floor,
-                "realised_ratio": (1 - prefill / base) / saved if saved else None,
-            }
-        )
-    return rows
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    tenths = statistics.quantiles(values, n=10) if len(values) > 1 else [values[0]] * 9
-    return {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1]}
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result as a Markdown table."""
-    lines = [
-        "| batch | plan | visual tokens | vision ms | prefill ms | floor ms | decode ms/token | realised ratio |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|",
-    ]
+def tables(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    titles = ["batch", "engine", "plan", "visual tokens", *(f"{stage} ms" for stage in STAGES)]
+    titles += ["first / floor", "decode / floor", "first vs hf", "decode vs hf", "realised ratio"]
+    lines = []
     for row in result["rows"]:
-        ms = {stage: row["ms"][stage]["median"] for stage in STAGES}
-        ratio = "" if row["realised_ratio"] is None else f"{row['realised_ratio']:.2f}"
-        lines.append(
-            f"| {row['batch']} | `{row['plan']}` | {row['visual_tokens_last_layer']} | {ms['vision']:.1f} "
-            f"| {ms['prefill']:.1f} | {row['prefill_floor_ms']:.2f} | {ms['decode']:.2f} | {ratio} |"
-        )
-    return "\n".join(lines)
+        start = [row["batch"], row["engine"], f"`{row['plan']}`"]
+        if "failed" in row:
+            lines.append([*start, f"failed: {row['failed'].splitlines()[0]}", *[""] * (len(titles) - 4)])
+            continue
+        ms = [cell(row["ms"].get(stage, {}).get("median")) for stage in STAGES]
+        over = [cell(row["work"][stage]["over_floor"], 2) for stage in ("first", "decode")]
+        speed = [cell(row.get("speedup", {}).get(stage), 2, " ×") for stage in ("first", "decode")]
+        kept = "→".join(str(n) for n in dict.fromkeys(row["visual_tokens"]))
+        lines.append([*start, kept, *ms, *over, *speed, cell(row["realised_ratio"], 2)])
+    rows = []
+    for one in result["preprocess"]:
+        ms = [cell(one["ms"][way]["median"], 2) for way in ("jpeg", "stock", "ours")]
+        rows.append([" × ".join(map(str, one["picture"])), *ms, f"{one['largest_difference']:.4f}"])
+    sizes = markdown(["picture", "JPEG ms", "stock processor ms", "ours ms", "largest difference"], rows)
+    return f"{markdown(titles, lines, left=3)}\n\n{sizes}"

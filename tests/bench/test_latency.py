@@ -1,91 +1,151 @@
-"""The latency benchmark times what it says, on models whose random weights are complete."""
+"""The latency and throughput benchmarks time what they say, on models whose random weights are complete."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from mmefficient.bench import latency
-from mmefficient.bench.__main__ import app
-from mmefficient.bench.floors import Ceilings, measure, median_ms
-from mmefficient.bench.presets import prompt, random_model
-from mmefficient.errors import MMEfficientError, ModelError
-from tests.tiny import IMAGE, build
+from mmefficient.bench import engines, gate, preprocess, result
+from mmefficient.bench.cli import app
+from mmefficient.bench.engines import Engine, Runner
+from mmefficient.bench.floors import Ceilings
+from mmefficient.bench.measure import realised
+from mmefficient.errors import InputError, MMEfficientError, ModelError
+from mmefficient.plan import Plan
+from tests.tiny import build, collate, prompt
+from tests.tiny_checkpoint import save
 
 CPU = torch.device("cpu")
 PLAN = "fastv(layer=1,keep=0.25)"
+SMALL = ["--repeats", "2", "--new-tokens", "3", "--picture", "24x30", "--batch", "1", "--batch", "2"]
 
 
-def test_random_models_lack_nothing_but_their_values() -> None:
-    built = build("llava")
-    ours = random_model(built.config, CPU, torch.float32)
-    expected = dict(built.named_buffers())
-    for name, buffer in ours.named_buffers():
-        torch.testing.assert_close(buffer, expected[name], msg=name)
-    assert all(0 < p.std() < 0.03 for p in ours.parameters() if p.numel() > 100)
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result.floors, "measure", lambda *_: Ceilings(1e12, 1e10))
+    monkeypatch.setattr(preprocess, "SIZES", ((30, 20),))
 
 
-def test_prompts_hold_one_picture_per_row() -> None:
-    inputs = prompt(random_model(build("llava").config, CPU, torch.float32), 3, text_tokens=9)
-    assert inputs["input_ids"].shape == (3, 16 + 9)
-    assert ((inputs["input_ids"] == IMAGE).sum(1) == 16).all()
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
 
-def test_floors() -> None:
-    assert Ceilings(flops=1e12, bandwidth=1e9).floor_ms(2e12, 1e9) == 2000
-    assert Ceilings(flops=1e12, bandwidth=1e9).floor_ms(1e9, 1e9) == 1000
-    found = measure(CPU, torch.float32)
-    assert 1e9 < found.flops < 1e14
-    assert 1e8 < found.bandwidth < 1e13
-    calls: list[int] = []
-    assert median_ms(lambda: calls.append(1), CPU, 4) >= 0
-    assert len(calls) == 7
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+def test_latency_writes_what_it_prints(family: str, tmp_path: Path, quick: None) -> None:
+    folder, out = save(tmp_path / family, family), tmp_path / "results"
+    outcome = run("latency", "--model", str(folder), "--plan", PLAN, *SMALL, "--out", str(out))
+    assert outcome.exit_code == 0, outcome.output
+    found = json.loads((out / f"latency-{family}.json").read_text())
+    assert (found["schema"], found["benchmark"]) == (result.SCHEMA, "latency")
+    assert found["command"].startswith("mmefficient")
+    assert found["environment"]["packages"]["torch"]
+    expected = [(b, e, p) for b in (1, 2) for e, p in (("hf", "none"), ("eager", "none"), ("eager", PLAN))]
+    assert [(row["batch"], row["engine"], row["plan"]) for row in found["rows"]] == expected
+    assert outcome.stdout.strip() in (out / f"latency-{family}.md").read_text()
+    assert (out / f"latency-{family}.png").stat().st_size > 5000
+    stock, none, pruned = found["rows"][:3]
+    assert all(row["check"]["flips"] == 0 for row in found["rows"])
+    assert pruned["visual_tokens"][1] == round(pruned["visual_tokens"][0] / 4)
+    assert {"preprocess", "vision", "prefill", "first", "decode", "scoring"} == set(pruned["ms"])
+    assert "scoring" not in none["ms"]
+    for stage in ("vision", "prefill", "decode", "first"):
+        work = none["work"][stage]
+        assert work["over_floor"] * max(work["flops_floor_ms"], work["bytes_floor_ms"]) == pytest.approx(
+            none["ms"][stage]["median"]
+        )
+    assert none["work"] | {"x": 0} != pruned["work"]
+    assert pruned["kv_bytes"] < none["kv_bytes"] == stock["kv_bytes"]
+    assert stock["speedup"] == {"first": 1, "decode": 1}
 
 
-def test_the_command_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "load", lambda *_: random_model(build("llava").config, CPU, torch.float32))
-    monkeypatch.setattr(latency, "measure", lambda *_: Ceilings(1e12, 1e10))
-    path = tmp_path / "results" / "latency.json"
-    options = [
-        "--plan",
-        PLAN,
-        "--repeats",
-        "2",
-        "--new-tokens",
-        "3",
-        "--batch",
-        "1",
-        "--batch",
-        "2",
-        "--out",
-        str(path),
+def test_throughput_counts_images_and_tokens(tmp_path: Path, quick: None) -> None:
+    folder, out = save(tmp_path / "llava"), tmp_path / "results"
+    outcome = run("throughput", "--model", str(folder), "--plan", PLAN, *SMALL, "--engine", "eager", "--out", str(out))
+    assert outcome.exit_code == 0, outcome.output
+    found = json.loads((out / "throughput-llava.json").read_text())
+    for row in found["rows"]:
+        seconds = (row["ms"]["first"]["median"] + 2 * row["ms"]["decode"]["median"]) / 1e3
+        assert row["images_per_s"] == pytest.approx(row["batch"] / seconds)
+        assert row["tokens_per_s"] == pytest.approx(3 * row["images_per_s"])
+    one, two = (row for row in found["rows"] if row["plan"] == "none")
+    assert two["kv_bytes"] == 2 * one["kv_bytes"]
+    assert (out / "throughput-llava.png").exists()
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    return collate("llava", [prompt("llava", 1, 3, 6), prompt("llava", 1, 5, 4)])
+
+
+def test_a_wrong_engine_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llava")
+    engines.prepare(model)
+    stock, ours = (Runner(model, engine, Plan()) for engine in engines.choose(["hf", "eager"], CPU))
+    verdict = gate.compare(ours, stock, inputs(), 4)
+    assert (verdict.tokens, verdict.flips, verdict.gap) == (8, 0, 0.0)
+    right = ours.generate
+    monkeypatch.setattr(ours, "generate", lambda *args, **options: (right(*args, **options) + 1) % 80)
+    with pytest.raises(MMEfficientError, match="not timed"):
+        gate.compare(ours, stock, inputs(), 4)
+    assert isinstance(gate.verdicts([stock, ours], inputs(), 4)[ours], MMEfficientError)
+    monkeypatch.setattr(ours, "generate", lambda *args, **options: right(*args, **options)[:, :2])
+    with pytest.raises(MMEfficientError, match="instead of"):
+        gate.compare(ours, stock, inputs(), 4)
+
+
+def test_a_failed_row_has_no_times_and_the_command_fails(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare(runner: Runner, *rest: Any) -> Any:
+        raise MMEfficientError(f"{runner} is wrong.")
+
+    monkeypatch.setattr(gate, "compare", compare)
+    for command in ("latency", "throughput"):
+        outcome = run(command, "--model", str(save(tmp_path / "llava")), *SMALL, "--engine", "eager")
+        assert outcome.exit_code == 1
+        assert "eager none is wrong." in outcome.stdout
+        assert "2 of 2 rows failed" in outcome.stderr
+
+
+def test_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [engine.name for engine in engines.choose(None, CPU)] == [
+        e.name for e in engines.ENGINES if e.device is None
     ]
-    outcome = CliRunner().invoke(app, ["latency", *options], catch_exceptions=False)
-    result = json.loads(path.read_text())
-    assert [(row["batch"], row["plan"]) for row in result["rows"]] == [(b, p) for b in (1, 2) for p in ("none", PLAN)]
-    assert all(f"`{row['plan']}`" in outcome.output for row in result["rows"])
-    none, pruned = result["rows"][:2]
-    assert (none["visual_tokens_last_layer"], pruned["visual_tokens_last_layer"]) == (16, 4)
-    assert pruned["prefill_flops"] < none["prefill_flops"]
-    assert none["realised_ratio"] is None
-    saved = 1 - pruned["prefill_flops"] / none["prefill_flops"]
-    ratio = (1 - pruned["ms"]["prefill"]["median"] / none["ms"]["prefill"]["median"]) / saved
-    assert pruned["realised_ratio"] == pytest.approx(ratio)
-    assert result["environment"]["packages"]["torch"]
+    assert "hf-static" in [engine.name for engine in engines.choose(None, torch.device("cuda"))]
+    with pytest.raises(InputError, match="choose from hf"):
+        engines.choose(["hf-static"], CPU)
 
 
-def test_no_time_is_reported_when_the_empty_plan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_model(build("llava").config, CPU, torch.float32)
-    answers = iter([torch.zeros(1, 3), torch.ones(1, 3)])
-    monkeypatch.setattr(latency, "_generate", lambda *_: next(answers))
-    with pytest.raises(MMEfficientError, match="nothing was timed"):
-        latency._check(model, prompt(model, 1), 3)
+def test_a_compiled_decode_step_survives_the_plans_of_other_engines() -> None:
+    model = build("llava")
+    stock = Runner(model, Engine("hf", ""), Plan())
+    model.__dict__["_compiled_call"] = compiled = model.forward
+    stock.generate(inputs(), 2)
+    assert "_compiled_call" not in model.__dict__
+    with Plan().apply(model):
+        pass
+    seen: list[Any] = []
+    model.register_forward_pre_hook(lambda *_: seen.append(model.__dict__.get("_compiled_call")))
+    stock.generate(inputs(), 1)
+    assert seen == [compiled]
 
 
-def test_an_unknown_model_is_refused() -> None:
+def test_the_realised_ratio_is_one_when_the_clock_follows_the_arithmetic() -> None:
+    def row(flops: float, prefill: float) -> dict[str, Any]:
+        ms = {"first": {"median": prefill + 2}, "prefill": {"median": prefill}}
+        return {"work": {"prefill": {"flops": flops}}, "ms": ms}
+
+    assert realised(row(25, 2.5), row(100, 10)) == pytest.approx(1)
+    assert realised(row(25, 10), row(100, 10)) == 0
+    assert realised(row(100, 5), row(100, 10)) is None
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="672x672"):
+        run("latency", "--picture", "wide")
     with pytest.raises(ModelError):
-        latency.run("llava-9000", [], device="cpu")
+        run("latency", "--model", "llava-9000")

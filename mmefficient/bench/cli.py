@@ -1,0 +1,199 @@
+"""The commands of `mmefficient bench`. Heavy imports stay inside, as in `mmefficient.cli`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmefficient.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Benchmarks: times beside their floors, checked before they are measured. See docs/benchmarks.md.",
+)
+
+Model = Annotated[
+    str,
+    typer.Option(help="llava-1.5-7b, llava-1.5-13b, llava-next-7b, qwen2.5-vl-7b, reference, a folder or a hub id."),
+]
+Plans = Annotated[list[str] | None, typer.Option("--plan", help="A plan to time; repeat for more.")]
+Engines = Annotated[list[str] | None, typer.Option("--engine", help="Only this engine; repeat for more.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed rounds.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto is bfloat16 on CUDA and float32 on a CPU.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the result as JSON, Markdown and PNG.")]
+Picture = Annotated[str, typer.Option(help="WIDTHxHEIGHT of every picture.")]
+
+
+@app.command()
+def latency(
+    model: Model = "reference",
+    plan: Plans = None,
+    engine: Engines = None,
+    batch: Annotated[list[int] | None, typer.Option(help="A batch size; repeat for more.")] = None,
+    repeats: Repeats = 20,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated per row.")] = 16,
+    picture: Picture = "672x672",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Out = None,
+) -> None:
+    """What a user waits for: preprocess, vision, scoring, prefill and decode of engines and plans."""
+    from mmefficient.bench import latency as bench
+    from mmefficient.bench import plots
+
+    _quiet()
+    target = _target(model, device, dtype)
+    result = bench.run(
+        target,
+        plan or [],
+        batch or [1],
+        engines=engine,
+        repeats=repeats,
+        new_tokens=new_tokens,
+        picture=_size(picture),
+    )
+    _give(result, bench.tables(result), out, plots.latency)
+
+
+@app.command()
+def throughput(
+    model: Model = "reference",
+    plan: Plans = None,
+    engine: Engines = None,
+    batch: Annotated[list[int] | None, typer.Option(help="A batch size; repeat for more. 1, 4, 8, 16, 32.")] = None,
+    repeats: Repeats = 5,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated per row.")] = 16,
+    picture: Picture = "672x672",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Out = None,
+) -> None:
+    """Images and tokens per second, peak memory and bytes of keys and values, by batch size."""
+    from mmefficient.bench import plots
+    from mmefficient.bench import throughput as bench
+
+    _quiet()
+    target = _target(model, device, dtype)
+    result = bench.run(
+        target,
+        plan or [],
+        batch or bench.BATCHES,
+        engines=engine,
+        repeats=repeats,
+        new_tokens=new_tokens,
+        picture=_size(picture),
+    )
+    _give(result, bench.tables(result), out, plots.throughput)
+
+
+@app.command()
+def scaling(
+    model: Model = "reference",
+    plan: Plans = None,
+    engine: Engines = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Visual tokens; repeat for more. 64 to 32768.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="A batch size; repeat for more. 1 and 8.")] = None,
+    repeats: Repeats = 5,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Out = None,
+) -> None:
+    """How the prefill grows with visual tokens and batch: a fitted cost model, where it bends, and what binds."""
+    from mmefficient.bench import plots
+    from mmefficient.bench import scaling as bench
+
+    _quiet()
+    target = _target(model, device, dtype, small=True)
+    result = bench.run(target, plan or [], tokens or bench.TOKENS, batch or [1, 8], engines=engine, repeats=repeats)
+    _give(result, bench.tables(result), out, plots.scaling)
+
+
+@app.command()
+def load(
+    model: Model = "reference",
+    plan: Plans = None,
+    requests: Annotated[int, typer.Option(min=10, help="Requests in all; one in fifty has a damaged picture.")] = 1000,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 8,
+    kinds: Annotated[int, typer.Option(min=1, help="Different good requests.")] = 30,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per answer.")] = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Out = None,
+) -> None:
+    """One process under mixed load: every answer as alone, no crash, no growing memory; percentiles."""
+    from mmefficient.bench import load as bench
+    from mmefficient.bench import plots
+
+    _quiet()
+    target = _target(model, device, dtype)
+    result = bench.run(
+        target, plan or [], requests=requests, concurrency=concurrency, kinds=kinds, new_tokens=new_tokens
+    )
+    _give(result, bench.tables(result), out, plots.load)
+
+
+@app.command()
+def kernels(
+    out: Annotated[Path, typer.Option(help="Folder for kernels.json.")],
+    only: Annotated[list[str] | None, typer.Option(help="A table to make; repeat for more.")] = None,
+    tune: Annotated[bool, typer.Option(help="Also time other block sizes, warps, stages and schedules.")] = False,
+    graph: Annotated[bool, typer.Option(help="Also time replayed CUDA graphs, which have no launches.")] = False,
+    seconds: Annotated[float, typer.Option(help="Start no further case after this long.")] = 3600.0,
+) -> None:
+    """The kernels beside their peers and floors; needs a CUDA GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("The kernel table needs a CUDA GPU; none is visible.")
+    from mmefficient.bench.kernels import run
+
+    raise typer.Exit(0 if run(out, only, tune, graph, seconds) else 1)
+
+
+def _target(model: str, device: str, dtype: str, *, small: bool = False) -> Any:
+    from mmefficient.bench.result import Target
+
+    return Target.open(model, device, dtype, small=small)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise InputError(f"{text!r} is not the size of a picture; write it like 672x672.")
+    return int(width), int(height)
+
+
+def _quiet() -> None:
+    from mmefficient.cli import quiet
+
+    quiet()
+
+
+def _give(result: dict[str, Any], tables: str, out: Path | None, draw: Any) -> None:
+    """Print the tables and write the files. Exit code 1 if something was wrong: a benchmark is also a test."""
+    if out is not None:
+        from mmefficient.bench.result import write
+
+        for path in write(result, tables, out, _drawn(draw, result)):
+            typer.echo(f"wrote {path}", err=True)
+    typer.echo(tables)
+    failed = [row for row in result["rows"] if "failed" in row]
+    if failed:
+        typer.echo(f"{len(failed)} of {len(result['rows'])} rows failed their check and have no times.", err=True)
+        raise typer.Exit(1)
+
+
+def _drawn(draw: Any, result: dict[str, Any]) -> Figure | None:
+    try:
+        figure: Figure = draw(result)
+    except ImportError:
+        typer.echo("no PNG: matplotlib is missing; pip install 'mmefficient[eval]' brings it.", err=True)
+        return None
+    return figure

@@ -1,0 +1,92 @@
+"""The ways to generate that benchmarks compare: stock transformers as deployed, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mmefficient.errors import InputError
+from mmefficient.plan import Plan
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to run `generate`.
+
+    Attributes:
+        ours: runs inside `Plan.apply`, also with the empty plan; stock engines carry no plan.
+        apply: keywords of `Plan.apply`; generate: keywords of `model.generate`.
+        device: the only device type it exists on; None = any.
+        scores: reducers are called from Python in every call, so that their share can be timed.
+    """
+
+    name: str
+    what: str
+    ours: bool = False
+    apply: Mapping[str, Any] = field(default_factory=dict)
+    generate: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
+    scores: bool = False
+
+
+ENGINES = (
+    Engine("hf", "stock generate, default cache"),
+    Engine(
+        "hf-static",
+        "stock generate, cache_implementation='static': decoding is compiled",
+        generate={"cache_implementation": "static"},
+        device="cuda",
+    ),
+    Engine("eager", "ours, attached to the stock modules", ours=True, scores=True),
+)
+
+
+def choose(names: Sequence[str] | None, device: torch.device) -> list[Engine]:
+    """The engines called `names`, or without names all that exist on `device`.
+
+    Raises:
+        InputError: no such engine, or not on this device.
+    """
+    here = {engine.name: engine for engine in ENGINES if engine.device in (None, device.type)}
+    for name in names or []:
+        if name not in here:
+            raise InputError(f"There is no engine {name!r} on {device.type}; choose from {', '.join(here)}.")
+    return [here[name] for name in names or here]
+
+
+class Runner:
+    """An engine with a plan on a model; `generate` is what gets timed."""
+
+    def __init__(self, model: Any, engine: Engine, plan: Plan) -> None:
+        self.model, self.engine, self.plan = model, engine, plan
+        self._compiled: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.engine.name} {self.plan}"
+
+    def attached(self) -> AbstractContextManager[Any]:
+        """The plan on the model; gives None for a stock engine."""
+        return self.plan.apply(self.model, **self.engine.apply) if self.engine.ours else nullcontext()
+
+    def generate(self, inputs: Mapping[str, torch.Tensor], tokens: int, **options: Any) -> torch.Tensor:
+        """int64 [B, tokens]: the greedy continuation of `inputs`, without the prompt."""
+        if self._compiled is not None:  # a plan that another engine carried has thrown it away
+            self.model.__dict__["_compiled_call"] = self._compiled
+        with self.attached():
+            ids = self.model.generate(
+                **inputs, **self.engine.generate, do_sample=False, max_new_tokens=tokens, **options
+            )
+        if not self.engine.ours:
+            self._compiled = self.model.__dict__.pop("_compiled_call", None)
+        return ids[:, inputs["input_ids"].shape[1] :]
+
+
+def prepare(model: Any) -> None:
+    """Let every row generate as many tokens as it is asked for, with the stock stopping criteria at work."""
+    model.generation_config.eos_token_id = model.config.get_text_config().vocab_size  # one more than there are
+    model.generation_config.pad_token_id = 0
+    model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None
