@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 from mmefficient.bench.cli import app
+from mmefficient.cli import main
+
+__all__ = ["app"]
 
 if __name__ == "__main__":
-    app(prog_name="python -m mmefficient.bench")
+    sys.argv.insert(1, "bench")
+    main()

@@ -48,7 +48,7 @@ def latency(
     from mmefficient.bench import latency as bench
     from mmefficient.bench import plots
 
-    _quiet()
+    size = _size(picture)
     target = _target(model, device, dtype)
     result = bench.run(
         target,
@@ -57,7 +57,7 @@ def latency(
         engines=engine,
         repeats=repeats,
         new_tokens=new_tokens,
-        picture=_size(picture),
+        picture=size,
     )
     _give(result, bench.tables(result), out, plots.latency)
 
@@ -79,7 +79,7 @@ def throughput(
     from mmefficient.bench import plots
     from mmefficient.bench import throughput as bench
 
-    _quiet()
+    size = _size(picture)
     target = _target(model, device, dtype)
     result = bench.run(
         target,
@@ -88,7 +88,7 @@ def throughput(
         engines=engine,
         repeats=repeats,
         new_tokens=new_tokens,
-        picture=_size(picture),
+        picture=size,
     )
     _give(result, bench.tables(result), out, plots.throughput)
 
@@ -109,7 +109,6 @@ def scaling(
     from mmefficient.bench import plots
     from mmefficient.bench import scaling as bench
 
-    _quiet()
     target = _target(model, device, dtype, small=True)
     result = bench.run(target, plan or [], tokens or bench.TOKENS, batch or [1, 8], engines=engine, repeats=repeats)
     _give(result, bench.tables(result), out, plots.scaling)
@@ -131,7 +130,6 @@ def load(
     from mmefficient.bench import load as bench
     from mmefficient.bench import plots
 
-    _quiet()
     target = _target(model, device, dtype)
     result = bench.run(
         target, plan or [], requests=requests, concurrency=concurrency, kinds=kinds, new_tokens=new_tokens
@@ -151,7 +149,8 @@ def kernels(
     import torch
 
     if not torch.cuda.is_available():
-        raise InputError("The kernel table needs a CUDA GPU; none is visible.")
+        typer.echo("the kernel table needs a CUDA GPU; none is visible.", err=True)
+        raise typer.Exit(2)
     from mmefficient.bench.kernels import run
 
     raise typer.Exit(0 if run(out, only, tune, graph, seconds) else 1)
@@ -159,7 +158,9 @@ def kernels(
 
 def _target(model: str, device: str, dtype: str, *, small: bool = False) -> Any:
     from mmefficient.bench.result import Target
+    from mmefficient.cli import quiet
 
+    quiet()
     return Target.open(model, device, dtype, small=small)
 
 
@@ -168,12 +169,6 @@ def _size(text: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise InputError(f"{text!r} is not the size of a picture; write it like 672x672.")
     return int(width), int(height)
-
-
-def _quiet() -> None:
-    from mmefficient.cli import quiet
-
-    quiet()
 
 
 def _give(result: dict[str, Any], tables: str, out: Path | None, draw: Any) -> None:

@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmefficient.flops import kv_bytes, pair_flops, token_flops
 
-
 SIDE = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the matrices that are multiplied."""
 COPIED = {"cpu": 2**26, "cuda": 2**30}

@@ -38,6 +38,7 @@ def latency(result: dict[str, Any]) -> Figure:
                           va="center", fontsize=8)  # fmt: skip
         axis.set_title(f"{title}, ms", fontsize=10)
         axis.margins(x=0.12)
+        axis.set_xlim(left=0)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(rows)), labels, fontsize=8)
     axes[0].invert_yaxis()
@@ -113,7 +114,7 @@ def load(result: dict[str, Any]) -> Figure:
             axes[1].plot(share, values, color=colour, marker=".", label=name)
     axes[1].set_title("memory, MiB", fontsize=10)
     axes[1].set_xlabel("% of the requests")
-    axes[1].set_ylim(bottom=0)
+    axes[1].set_ylim(0, 1.15 * axes[1].get_ylim()[1])
     for axis in axes:
         axis.legend(frameon=False, fontsize=8)
     outcomes = ", ".join(f"{count} {kind}" for kind, count in result["outcomes"].items())
