@@ -191,7 +191,7 @@ def test_env(run: Any) -> None:
 
 def test_version_and_help(run: Any) -> None:
     assert run("--version").out == f"mmefficient {__version__}\n"
-    for command in ((), ("ask",), ("methods",), ("eval",), ("env",)):
+    for command in ((), ("ask",), ("methods",), ("eval",), ("env",), ("bench", "load")):
         result = run(*command, "--help")
         assert result.code == 0
         assert "Usage: mmefficient" in result.out
@@ -208,6 +208,7 @@ def test_the_examples_in_help_and_documentation_are_valid_commands(run: Any, mon
 
     monkeypatch.setattr("mmefficient.vlm.VLM.from_pretrained", stand_in)
     monkeypatch.setattr("mmefficient.evaluation.run_eval", stand_in)
+    monkeypatch.setattr("mmefficient.bench.result.Target.open", stand_in)
     monkeypatch.setattr("mmefficient.images.load_image", lambda path: path)
     texts = [command.epilog or "" for command in cli.app.registered_commands]
     texts += [document.read_text() for document in documents]
