@@ -8,6 +8,7 @@ import torch
 
 from mmefficient.kernels.compact import reference as compact_reference
 from mmefficient.kernels.decode_attention import reference as decode_reference
+from mmefficient.kernels.greedy_select import reference as greedy_reference
 from mmefficient.kernels.grouped_attention import reference as grouped_reference
 from mmefficient.kernels.key_scores import reference as scores_reference
 
@@ -16,6 +17,7 @@ REFERENCES = {
     decode_reference: "decode_attention",
     scores_reference: "key_scores",
     compact_reference: "gather_rows",
+    greedy_reference: "greedy_select",
 }
 
 

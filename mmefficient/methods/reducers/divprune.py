@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch.nn import functional as F
 
+from mmefficient.kernels.greedy_select import greedy_select
 from mmefficient.points import Positions, Reducer, Selection, VisualTokens, about, order_selection
 
 
@@ -30,30 +30,4 @@ class DivPrune(Reducer):
     def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
         hidden = F.normalize(tokens.hidden.float(), dim=-1)
         distance = 1 - hidden @ hidden.transpose(1, 2)  # [U, N, N]
-        return order_selection(max_min_order(distance, tokens.valid, max(counts)), counts)
-
-
-def max_min_order(distance: torch.Tensor, valid: torch.Tensor, steps: int) -> torch.Tensor:
-    """The first `steps` picks of every unit: most isolated first, then always the one farthest from all picked.
-
-    Runs on the device, all units at once, without waiting for it. Ties go to the earlier token. A unit with fewer than
-    `steps` tokens gives arbitrary picks once it has none left.
-
-    Args:
-        distance: float [U, N, N], symmetric; valid: bool [U, N].
-
-    Returns:
-        int64 [U, steps].
-    """
-    apart = distance.masked_fill(~valid[:, None], float("inf"))
-    nearest = apart.masked_fill(torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device), float("inf"))
-    reach = nearest.amin(2).masked_fill(~valid, float("-inf"))  # distance to the nearest other token
-    order = []
-    for step in range(steps):
-        pick = reach.argmax(1, keepdim=True)
-        order.append(pick)
-        valid = valid.scatter(1, pick, False)
-        row = distance.gather(1, pick[..., None].expand(-1, -1, distance.shape[2]))[:, 0]
-        # from the second pick on `reach` is the distance to the nearest token picked so far
-        reach = (row if step == 0 else torch.minimum(reach, row)).masked_fill(~valid, float("-inf"))
-    return torch.cat(order, 1)
+        return order_selection(greedy_select(distance, tokens.valid, max(counts), objective="max_min"), counts)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch.nn import functional as F
 
 from mmefficient.errors import PlanError
+from mmefficient.kernels.greedy_select import greedy_select
 from mmefficient.points import Positions, Reducer, Selection, VisualTokens, about, order_selection
 from mmefficient.points import Scope as Sharing
 
@@ -40,32 +40,8 @@ class Scope(Reducer):
     def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
         assert tokens.tower is not None
         features = F.normalize(tokens.tower.features.float(), dim=-1)
-        both = tokens.valid[:, :, None] & tokens.valid[:, None]
-        likeness = (features @ features.transpose(1, 2)).masked_fill(~both, 0.0)
-        weight = tokens.tower.attention.masked_fill(~tokens.valid, 0.0) ** self.alpha
-        return order_selection(coverage_order(likeness, weight, tokens.valid, max(counts)), counts)
-
-
-def coverage_order(likeness: torch.Tensor, weight: torch.Tensor, valid: torch.Tensor, steps: int) -> torch.Tensor:
-    """The first `steps` picks of every unit: the j with the largest sum_i max(0, likeness_ij - covered_i) * weight_j.
-
-    Runs on the device, all units at once, without waiting for it. Ties go to the earlier patch. A unit with fewer than
-    `steps` patches gives arbitrary picks once it has none left.
-
-    Args:
-        likeness: float [U, N, N], symmetric, 0 where a patch is not valid; weight: float [U, N], >= 0.
-        valid: bool [U, N].
-
-    Returns:
-        int64 [U, steps].
-    """
-    covered = torch.zeros_like(weight)
-    order = []
-    for _ in range(steps):
-        gain = (likeness - covered[..., None]).clamp(min=0).sum(1) * weight
-        pick = gain.masked_fill(~valid, float("-inf")).argmax(1, keepdim=True)
-        order.append(pick)
-        valid = valid.scatter(1, pick, False)
-        row = likeness.gather(1, pick[..., None].expand(-1, -1, likeness.shape[2]))[:, 0]
-        covered = torch.maximum(covered, row)
-    return torch.cat(order, 1)
+        weight = tokens.tower.attention**self.alpha
+        order = greedy_select(
+            features @ features.transpose(1, 2), tokens.valid, max(counts), objective="coverage", weight=weight
+        )
+        return order_selection(order, counts)
