@@ -25,10 +25,15 @@ class Question:
     @classmethod
     def of(cls, tokens: TokenMap, drafts: int, device: torch.device) -> Question:
         """Find it; `tokens` lives on the CPU, the result's tensor on `device`."""
-        later = tokens.visual.long().flip(1).cumsum(1).flip(1) == 0  # no visual token from here on
-        column = torch.arange(tokens.role.shape[1])
-        at = (tokens.role == Role.QUESTION) & later & (column < len(column) - drafts)
+        at = question_at(tokens, drafts)
         return cls(at.to(device), int(at.sum(1).max()))
+
+
+def question_at(tokens: TokenMap, drafts: int) -> torch.Tensor:
+    """bool [B, S]: the text after each row's last visual token, drafts left out."""
+    later = tokens.visual.long().flip(1).cumsum(1).flip(1) == 0  # no visual token from here on
+    column = torch.arange(tokens.role.shape[1])
+    return (tokens.role == Role.QUESTION) & later & (column < len(column) - drafts)
 
 
 class Asking:

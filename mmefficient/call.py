@@ -24,6 +24,7 @@ class Call:
     Attributes:
         asked: by layer, the reducers that act after it and want attention from it; drafts: see `HostFacts`.
         strict: images that do not fit their rows are an error, even if the model would not notice.
+        ids: int64 [B, S] of a new prompt, on the CPU; words: its rows' questions, if a matcher reads them.
         new: the call reads a new prompt; state: the prompt it reads or continues; prefill: while it reads one.
         kinds: for "image" and "video", bool [B, S] on the CPU: the placeholders of a new prompt.
         vision: the images that fill them; repeats: how often `generate` repeated the rows after encoding.
@@ -40,6 +41,8 @@ class Call:
         self.repeats: dict[str, int] = {}
         self.new = False
         self.drafts = drafts
+        self.ids: torch.Tensor | None = None
+        self.words: list[str] = []
         self.memo: tuple[Any, Segment, torch.Tensor | None] | None = None
         self.modulated: Mapping[int, tuple[Modulation, ...]] = {}
         self.layers: Any = ()

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from mmefficient.asking import question_at
 from mmefficient.attention import KEY, Probe, scoring
 from mmefficient.blind import Blind
 from mmefficient.cache import fit_layer, stored_rows
@@ -41,8 +42,11 @@ Hooked = tuple[tuple[Any, ...], dict[str, Any]]
 class Executor:
     """A plan on one model."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, methods: Sequence[Method], run: Run) -> None:
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, methods: Sequence[Method], run: Run, tokenizer: Any = None
+    ) -> None:
         self.model, self.adapter, self.methods, self.run = model, adapter, tuple(methods), run
+        self.tokenizer = tokenizer
         checkpoint = Checkpoint(model, len(adapter.layers))
         stages = [stage for method in methods for stage in method.stages(checkpoint)]
         # stable: a plan's order within a layer
@@ -50,7 +54,7 @@ class Executor:
         self.modulated = by_layer([each for each in stages if isinstance(each, Modulation)], len(adapter.layers))
         blinding = [layer for layer, each in self.modulated.items() if any("blind" in m.needs for m in each)]
         self.blind_until = max(blinding, default=-1)
-        self.watcher = Watcher(adapter, any("tower" in stage.needs for stage in stages))
+        self.watcher = Watcher(adapter, stages)
         self.configs = self._text_configs()
         self.implementation: str = adapter.decoder.config._attn_implementation
         self.flash = "flash" in self.implementation
@@ -90,6 +94,11 @@ class Executor:
         kinds = set(getattr(self.adapter.decoder.config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             raise ModelError(f"{name} has {', '.join(sorted(kinds))} layers; only full attention can drop tokens.")
+        if self.watcher.matchers and self.tokenizer is None:
+            raise PlanError(
+                f"{self.run.plan} compares patches with the words of the question; ask through VLM, or pass "
+                "tokenizer=processor.tokenizer to Plan.apply."
+            )
         scoring(self.implementation)
         if self.attending and (getattr(self.model, "tp_size", None) or 1) > 1:
             raise ModelError(
@@ -100,6 +109,8 @@ class Executor:
         """Put the plan on the model; returns the functions that take it off, to be called in reverse."""
         adapter = self.adapter
         undo = self.watcher.attach()
+        for reducer in self.reducers:
+            undo += reducer.attach(adapter)
         handles = [
             self.model.register_forward_pre_hook(self.on_model, with_kwargs=True),
             adapter.base.register_forward_pre_hook(self.on_base, with_kwargs=True),
@@ -155,8 +166,8 @@ class Executor:
             raise InputError("an image arrives on a cache already in use; start a new cache for a new image.")
         if call.new:
             assert ids is not None
-            on_host = ids.cpu()
-            call.kinds = {kind: on_host == token for kind, token in self.adapter.placeholders.items()}
+            call.ids = ids.cpu()
+            call.kinds = {kind: call.ids == token for kind, token in self.adapter.placeholders.items()}
             self._open(call, kwargs)
         elif call.state is None:
             return args, kwargs  # continues a prompt that was read without the plan
@@ -228,18 +239,22 @@ class Executor:
         )
         seen = tokens.visual
         self.run.saw_images |= bool(seen.any())
-        if self.watcher.tower is not None and bool((tokens.source[seen] < 0).any()):
+        if self.watcher.watching and bool((tokens.source[seen] < 0).any()):
             raise ModelError(
                 "some visual tokens are resampled after the vision tower (videos and very large images are); "
                 "use a method that works inside the language model, such as fastv."
             )
+        if self.watcher.matchers:
+            assert call.ids is not None
+            at = question_at(tokens, call.drafts)
+            rows = [row[asks].tolist() for row, asks in zip(call.ids, at, strict=True)]
+            call.words = [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
         facts = HostFacts.of(tokens, self.scopes, call.drafts, embeds.device)
         state = call.state = PromptState(self.run.plan, self.run.mode, tokens.to(embeds.device))
         cache = kwargs.get("past_key_values")
         if cache is not None:
             setattr(cache, STATE, state)
         tower = call.vision["image"].tower if "image" in call.vision else None
-        tower = tower and tower.to(embeds.device)
         call.prefill = Prefill(state, facts, tower, simulate=self.run.mode == "simulate")
         self.run.add(state)
 
@@ -261,7 +276,7 @@ class Executor:
         prefill.enter(kwargs["position_embeddings"], kwargs.get("position_ids"))
         for reducer in self.rated if index == 0 and prefill.has_visual else ():
             prefill.choose_raters(reducer, hidden)
-        parts = Parts(self._project, self._rotary, partial(self._heads, layer))
+        parts = Parts(self._project, self._rotary, partial(self._heads, layer), partial(self._texts, call))
         if index == 0 and self.blind_until >= 0 and prefill.has_visual:
             prefill.blind = Blind(prefill, hidden, mask, parts, self.adapter.mrope, self.flash)
         if index == self.blind_until + 1:
@@ -287,6 +302,9 @@ class Executor:
     def _project(self, features: torch.Tensor) -> torch.Tensor:
         projector = self.adapter.tower_parts()[0]
         return projector(features)
+
+    def _texts(self, call: Call, matcher: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.watcher.matchers[matcher].texts(call.words, device)
 
     def _rotary(self, hidden: torch.Tensor, position: torch.Tensor) -> Rope:
         return self.adapter.decoder.rotary_emb(hidden, position)

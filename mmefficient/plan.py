@@ -74,7 +74,7 @@ class Plan:
         return cls([_make(entry.pop("name"), entry) for entry in entries])
 
     @contextmanager
-    def apply(self, model: nn.Module, mode: Mode = "apply") -> Iterator[Run]:
+    def apply(self, model: nn.Module, mode: Mode = "apply", tokenizer: Any = None) -> Iterator[Run]:
         """Put the plan on `model` for the time of a `with` block; afterwards the model is as it was.
 
         Inside, `model.generate` and `model(...)` work as usual. A plain forward returns logits for the rows that are
@@ -83,6 +83,7 @@ class Plan:
         Args:
             model: a ForConditionalGeneration model of a supported family.
             mode: "apply" removes tokens; "simulate" decides the same but only hides them, which saves nothing.
+            tokenizer: the model's, for methods that read the words of the question; others need none.
 
         Raises:
             ModelError: the model cannot carry the plan, or carries one already.
@@ -95,7 +96,7 @@ class Plan:
         if ATTACHED in adapter.base.__dict__:
             raise ModelError("this model already carries a plan; leave it first, or add the methods to it with '+'.")
         run = Run(str(self), mode, adapter)
-        executor = Executor(model, adapter, self.methods, run)
+        executor = Executor(model, adapter, self.methods, run, tokenizer)
         undo = executor.attach()
         adapter.base.__dict__[ATTACHED] = executor
         model.__dict__.pop("_compiled_call", None)  # a compiled decode step does not notice new hooks

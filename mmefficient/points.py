@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from mmefficient.errors import BudgetError, PlanError
 
 if TYPE_CHECKING:
+    from mmefficient.models.base import Adapter
     from mmefficient.profiles import Checkpoint
 
 Positions = Literal["keep", "compact"]
@@ -78,6 +79,35 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class TowerLayer:
+    """A layer of the vision tower to look into.
+
+    Attributes:
+        layer: number from 0, or from the end if negative; a float is a share of the tower's layers (0.375 of 24 is the
+            ninth, number 8); None = the layer whose output the projector reads.
+        rows: who asks: the CLS row (if the tower has one, else all rows), or all rows.
+        joined: count all heads as one; then attention is that of one wide head, and keys hold all channels.
+    """
+
+    layer: int | float | None = None
+    rows: Literal["class", "all"] = "class"
+    joined: bool = False
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """What one tower layer knows about the visual tokens.
+
+    Attributes:
+        attention: float32 [U, N]: attention a patch receives, mean over the asking rows and over heads.
+        keys: mean over heads, or all channels of them, [U, N, d].
+    """
+
+    attention: torch.Tensor
+    keys: torch.Tensor
+
+
+@dataclass(frozen=True)
 class TowerTokens:
     """What the vision tower knows about the visual tokens; [U, N, ...] like `VisualTokens`.
 
@@ -86,11 +116,13 @@ class TowerTokens:
         attention: float32 [U, N]: attention a patch receives in the layer whose output is `features`, mean over heads:
             from the CLS row if the tower has one, else mean over all rows.
         keys: keys of that layer, mean over heads, [U, N, d].
+        layers: the layers in `Reducer.tower_layers`.
     """
 
     features: torch.Tensor
     attention: torch.Tensor
     keys: torch.Tensor
+    layers: Mapping[TowerLayer, LayerTokens] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,6 +152,23 @@ class OwnHeads:
 
 
 @dataclass(frozen=True)
+class MatchTokens:
+    """Visual tokens and questions in one space, as a matcher sees them.
+
+    Attributes:
+        patches: float32 [U, N, E], not normalised.
+        texts: float32 [U, C, E], not normalised: the question in as many pieces as the matcher reads it in.
+        valid: bool [U, C]; False where a question has fewer pieces than others.
+        inverted: small products mean a good match (see `matchers.Matcher`).
+    """
+
+    patches: torch.Tensor
+    texts: torch.Tensor
+    valid: torch.Tensor
+    inverted: bool
+
+
+@dataclass(frozen=True)
 class VisualTokens:
     """The visual tokens at a reducer's site, packed by unit: U units, N = the most tokens any of them holds.
 
@@ -132,7 +181,9 @@ class VisualTokens:
             whom: "last_row_attention", the last prompt row in the previous layer; "own_row_attention", the same row in
             the layer about to be entered; "question_attention", the question rows that `Reducer.raters` chose in the
             previous layer, mean over them.
-        tower, question, own: present when "tower", "question", "own_heads" is in `Reducer.needs`.
+        tower, question, own, match: present when "tower", "question", "own_heads", "match" is in `Reducer.needs`.
+        mark: bool [U, N] or None: present when "mark" is in `Reducer.needs`: the places at which a tower that gives
+            fewer tokens (`Reducer.attach`) has put them; other places hold zeros.
     """
 
     units: tuple[Unit, ...]
@@ -143,6 +194,8 @@ class VisualTokens:
     tower: TowerTokens | None = None
     question: QuestionTokens | None = None
     own: OwnHeads | None = None
+    match: MatchTokens | None = None
+    mark: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -208,6 +261,8 @@ class Method:
     point: ClassVar[str]
     summary: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    tower_layers: ClassVar[tuple[TowerLayer, ...]] = ()
+    """Layers of the tower that the method reads besides the one whose output is used; may be a property."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -221,6 +276,11 @@ class Method:
         given = [(f, getattr(self, f.name)) for f in fields(self)]
         shown = [f"{f.name}={_text(v)}" for f, v in given if not (f.metadata.get("quiet") and v == f.default)]
         return f"{self.name}({','.join(shown)})"
+
+    @property
+    def watches(self) -> bool:
+        """Whether the method must see every encoding of an image, not only its result."""
+        return bool(self.needs & {"tower", "match", "mark"})
 
     def stages(self, checkpoint: Checkpoint) -> tuple[Method, ...]:
         """What carries the method out on a model, each with its own site; most methods are their own.
@@ -247,6 +307,8 @@ class Reducer(Method):
     scope: ClassVar[Scope] = "image"
     space: ClassVar[Literal["lm", "tower"]] = "lm"
     """Whose features `Selection.mix` mixes; tower features go through the projector afterwards."""
+    class_token: ClassVar[str] = ""
+    """What stands in for the tower's CLS token where there is none; empty: the method does without one everywhere."""
 
     @property
     def site(self) -> int:
@@ -257,6 +319,10 @@ class Reducer(Method):
     def staged(self) -> bool:
         """Whether only `stages` knows the sites."""
         return type(self).stages is not Method.stages
+
+    def attach(self, adapter: Adapter) -> list[Callable[[], Any]]:
+        """Change how the vision tower runs while the plan is applied (`tower.Thinning`); returns what undoes it."""
+        return []
 
     @property
     def position_policy(self) -> Positions:
@@ -269,8 +335,8 @@ class Reducer(Method):
         super().__post_init__()
         if self.site < 0:
             raise PlanError(f"{self.name}: layer={self.site} is not a layer number; count from 0.")
-        if hasattr(self, "keep"):
-            check_budget(f"{self.name}: keep", self.keep)
+        if (keep := getattr(self, "keep", None)) is not None:
+            check_budget(f"{self.name}: keep", keep)
 
     def raters(self, tokens: VisualTokens) -> torch.Tensor:
         """bool [U, Q]: whose attention `VisualTokens.attention` is ("question_attention"); identity: all question rows.

@@ -12,9 +12,10 @@ from mmefficient.asking import Asking, Question
 from mmefficient.errors import PlanError
 from mmefficient.kernels.key_scores import key_scores
 from mmefficient.masks import Segment
+from mmefficient.matchers import EMBEDDINGS, load
 from mmefficient.modulation import answering
 from mmefficient.packing import Units
-from mmefficient.points import OwnHeads, QuestionTokens, Reducer, Scope, Selection, TowerTokens, VisualTokens
+from mmefficient.points import MatchTokens, OwnHeads, QuestionTokens, Reducer, Scope, Selection, VisualTokens
 from mmefficient.tokens import Role, TokenMap
 from mmefficient.vision import Tower
 
@@ -37,11 +38,13 @@ class Parts:
         rotary: the decoder's rotary embedding, of hidden states and position ids.
         heads: query [B, H, n, d], key [B, G, n, d] and the factor on their products in the layer about to be entered,
             of hidden states and rope.
+        texts: the rows' questions in the space of a matcher, see `matchers.Matcher.texts`; of its name and a device.
     """
 
     project: Callable[[torch.Tensor], torch.Tensor]
     rotary: Callable[[torch.Tensor, torch.Tensor], Rope]
     heads: Callable[[torch.Tensor, Rope], tuple[torch.Tensor, torch.Tensor, float]]
+    texts: Callable[[str, torch.device], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -276,11 +279,17 @@ class Prefill:
     ) -> VisualTokens:
         rows = units.rows[:, None]
         at = segment.columns[rows, index]
-        tower = None
+        tower = match = mark = None
+        source = self.state.tokens.source[rows, at].clamp(min=0)
         if "tower" in reducer.needs:
             assert self.tower is not None
-            source = self.state.tokens.source[rows, at].clamp(min=0)
-            tower = TowerTokens(self.tower.features[source], self.tower.attention[source], self.tower.keys[source])
+            tower = self.tower.tokens(source)
+        if "match" in reducer.needs:
+            match = self._match(reducer, units, hidden, segment, index, source, parts)
+        if "mark" in reducer.needs:
+            assert self.tower is not None
+            assert self.tower.mark is not None
+            mark = self.tower.mark.to(source.device)[source]
         attention = question = own = None
         if "last_row_attention" in reducer.needs:
             attention = self.scores[LAST]
@@ -295,7 +304,31 @@ class Prefill:
         if "own_heads" in reducer.needs:
             own = self._own_heads(hidden, rows, index, parts)
         size = self.state.tokens.size[rows, at]
-        return VisualTokens(units.units, hidden[rows, index], filled, size, attention, tower, question, own)
+        return VisualTokens(
+            units.units, hidden[rows, index], filled, size, attention, tower, question, own, match, mark
+        )
+
+    def _match(
+        self,
+        reducer: Reducer,
+        units: Units,
+        hidden: torch.Tensor,
+        segment: Segment,
+        index: torch.Tensor,
+        source: torch.Tensor,
+        parts: Parts,
+    ) -> MatchTokens:
+        """Patches and questions in the space of the reducer's matcher."""
+        name: str = reducer.matcher  # type: ignore[attr-defined]
+        if name == EMBEDDINGS:
+            question = self._asked(units, hidden, segment)
+            patches = hidden[units.rows[:, None], index]
+            return MatchTokens(patches.float(), question.hidden.float(), question.valid, inverted=False)
+        assert self.tower is not None
+        found = self.tower.matched[name]
+        texts, used = parts.texts(name, hidden.device)
+        patches = found[source.to(found.device)].to(hidden.device)
+        return MatchTokens(patches, texts[units.rows], used[units.rows], load(name).inverted)
 
     def _asked(self, units: Units, hidden: torch.Tensor, segment: Segment) -> QuestionTokens:
         slots, used = self.asking.slots(segment)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -21,23 +21,49 @@ from torch import nn
 from mmefficient.attention import KEY
 from mmefficient.errors import ModelError
 from mmefficient.kernels.key_scores import key_scores
+from mmefficient.matchers import EMBEDDINGS, Seen, load
+from mmefficient.points import LayerTokens, Method, TowerLayer, TowerTokens
 from mmefficient.tokens import Layout
+from mmefficient.tower import taken
 
 if TYPE_CHECKING:
     from mmefficient.models.base import Adapter
 
 
+FEATURES = TowerLayer()
+"""The layer whose output the projector reads."""
+
+
 @dataclass(frozen=True)
 class Tower:
-    """Facts per tower patch, flattened over all crops of all images: features [M, Dv], attention [M], keys [M, d]."""
+    """Facts per tower patch, flattened over all crops of all images; what nobody asked for is empty.
 
-    features: torch.Tensor
-    attention: torch.Tensor
-    keys: torch.Tensor
+    Attributes:
+        features: input of the projector, [M, Dv].
+        layers: attention [M] and keys [M, d] of tower layers.
+        matched: by matcher, the patches in its space, [M, E].
+        mark: bool [M], see `points.VisualTokens`.
+    """
 
-    def to(self, device: torch.device) -> Tower:
-        """The same facts on `device`."""
-        return Tower(self.features.to(device), self.attention.to(device), self.keys.to(device))
+    features: torch.Tensor | None = None
+    layers: Mapping[TowerLayer, LayerTokens] = field(default_factory=dict)
+    matched: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    mark: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        known = [self.features, self.mark, *self.matched.values()]
+        return next(len(each) for each in known if each is not None)
+
+    def tokens(self, source: torch.Tensor) -> TowerTokens:
+        """Facts of the patches `source` [U, N]; needs features and layers."""
+        assert self.features is not None
+        at = source.to(self.features.device)
+        layers = {
+            layer: LayerTokens(*(x[at].to(source.device) for x in (facts.attention, facts.keys)))
+            for layer, facts in self.layers.items()
+        }
+        own = layers[FEATURES]
+        return TowerTokens(self.features[at].to(source.device), own.attention, own.keys, layers)
 
 
 @dataclass(frozen=True)
@@ -59,7 +85,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.pending: WeakKeyDictionary[Watcher, dict[str, Vision]] = WeakKeyDictionary()
         self.expecting: WeakKeyDictionary[Watcher, Callable[[str, Vision], None]] = WeakKeyDictionary()
-        self.capture: dict[str, torch.Tensor] | None = None
+        self.capture: dict[Any, torch.Tensor] | None = None
 
 
 _thread = _Thread()
@@ -78,11 +104,26 @@ class FeatureTap:
 
 
 class Watcher:
-    """Observes the vision side of one model. Holds no state of a call."""
+    """Observes the vision side of one model for the methods of a plan. Holds no state of a call.
 
-    def __init__(self, adapter: Adapter, tower: bool) -> None:
+    Raises:
+        ModelError: the model has no tower that can be asked what they want to know, or a matcher cannot be loaded.
+    """
+
+    def __init__(self, adapter: Adapter, methods: Sequence[Method] = ()) -> None:
         self.adapter = adapter
-        self.tower = adapter.tower_parts() if tower else None
+        self.matchers = {
+            name: load(name)
+            for name in (getattr(r, "matcher", EMBEDDINGS) for r in methods if "match" in r.needs)
+            if name != EMBEDDINGS
+        }
+        reading = any("tower" in r.needs for r in methods)
+        wanted = {FEATURES, *(layer for r in methods for layer in r.tower_layers)} if reading else set()
+        self.attentions: dict[TowerLayer, Any] = {layer: adapter.tower_attention(layer.layer) for layer in wanted}
+        self.watching = any(r.watches for r in methods) and bool(
+            self.matchers or reading or any("mark" in r.needs for r in methods)
+        )
+        self.projector = adapter.tower_parts()[0] if reading or self.matchers else None
 
     def attach(self) -> list[Callable[[], Any]]:
         """Start observing; returns the functions that undo it."""
@@ -95,37 +136,37 @@ class Watcher:
                 restore = partial(base.__dict__.__setitem__, name, stock)
                 undo.append(restore if name in base.__dict__ else partial(base.__dict__.pop, name))
                 base.__dict__[name] = FeatureTap(self, kind, stock)
-        if self.tower is not None:
-            projector, attention = self.tower
-            handles = [
-                attention.q_proj.register_forward_hook(self.on_query),
-                attention.k_proj.register_forward_hook(self.on_key),
-                projector.register_forward_pre_hook(self.on_projector),
-            ]
-            undo += [handle.remove for handle in handles]
+        for attention in {id(module): module for module in self.attentions.values()}.values():
+            undo += [part.register_forward_hook(self.note).remove for part in (attention.q_proj, attention.k_proj)]
+        if self.projector is not None:
+            undo.append(self.projector.register_forward_pre_hook(self.on_projector).remove)
+        if self.matchers:
+            tower = self.adapter.base.vision_tower
+            undo.append(tower.register_forward_pre_hook(self.on_tower, with_kwargs=True).remove)
         return undo
 
-    def on_query(self, module: nn.Module, args: Any, out: torch.Tensor) -> None:
+    def note(self, module: nn.Module, args: Any, out: torch.Tensor) -> None:
         if _thread.capture is not None:
-            _thread.capture["query"] = out
-
-    def on_key(self, module: nn.Module, args: Any, out: torch.Tensor) -> None:
-        if _thread.capture is not None:
-            _thread.capture["key"] = out
+            _thread.capture[module] = out
 
     def on_projector(self, module: nn.Module, args: Any) -> None:
         if _thread.capture is not None:
             _thread.capture["features"] = args[0]
 
+    def on_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if _thread.capture is not None:
+            _thread.capture["pixels"] = args[0] if args else kwargs["pixel_values"]
+
     def observe(self, kind: str, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the encoder and note what it was given and gave."""
-        watch = kind == "image" and self.tower is not None
+        watch = kind == "image" and self.watching
         _thread.capture = {} if watch else None
         try:
             out = stock(*args, **kwargs)
             seen = _thread.capture
         finally:
             _thread.capture = None
+            mark = taken()
         features = getattr(out, "pooler_output", None)
         if features is None:  # asked for a tuple: not a call of generate or forward
             return out
@@ -136,10 +177,10 @@ class Watcher:
             if len(layout) != len(tokens):
                 raise ModelError(f"expected {len(layout)} tokens of a {kind} but the model made {len(tokens)}.")
         strides, tower = [0] * len(layouts), None
-        if seen:
+        if seen is not None and (seen or mark is not None):
             crops = self.adapter.crops(arguments, len(layouts))
-            tower = self.facts(seen)
-            each = len(tower.features) // sum(crops)
+            tower = self.facts(seen, mark)
+            each = len(tower) // sum(crops)
             strides = [each * before for before in accumulate(crops, initial=0)][:-1]
         vision = Vision(layouts, strides, tower)
         _thread.pending.setdefault(self, {})[kind] = vision
@@ -148,22 +189,39 @@ class Watcher:
             expecting(kind, vision)
         return out
 
-    def facts(self, seen: dict[str, torch.Tensor]) -> Tower:
+    def facts(self, seen: Mapping[Any, torch.Tensor], mark: torch.Tensor | None = None) -> Tower:
         """Turn captured activations, [crops, T, D] each, into facts per patch.
 
         Raises:
             ModelError: the tower's rows are not its features plus at most one CLS row.
         """
-        assert self.tower is not None
-        features, query, key = (seen[name] for name in ("features", "query", "key"))
-        heads = self.tower[1].num_heads
+        if "features" not in seen:
+            return Tower(mark=mark)
+        features = seen["features"]
+        layers = {
+            layer: self.layer(layer, seen[attention.q_proj], seen[attention.k_proj], attention.num_heads, features)
+            for layer, attention in self.attentions.items()
+        }
+        matched = {}
+        if self.matchers:
+            mean, std = self.adapter.pixel_statistics()
+            what = Seen(self.adapter.base.vision_tower, seen["pixels"], mean, std, features)
+            matched = {name: matcher.patches(what).flatten(0, 1) for name, matcher in self.matchers.items()}
+        return Tower(features.flatten(0, 1), layers, matched, mark)
+
+    @staticmethod
+    def layer(
+        layer: TowerLayer, query: torch.Tensor, key: torch.Tensor, heads: int, features: torch.Tensor
+    ) -> LayerTokens:
+        """Attention [M] and keys [M, d] of one layer; query, key: [crops, T or T + 1, heads * d]."""
+        heads = 1 if layer.joined else heads
         query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
         lead = key.shape[2] - features.shape[1]
         if lead not in (0, 1) or key.shape[0] != features.shape[0]:
             raise ModelError("the vision tower's attention rows do not match its features; tower methods cannot run.")
-        rows = query[:, :, :1] if lead else query
-        scores = key_scores(rows, key, scale=key.shape[-1] ** -0.5).mean(1)
-        return Tower(features.flatten(0, 1), scores[:, lead:].flatten(), key.mean(1)[:, lead:].flatten(0, 1))
+        rows = query[:, :, :1] if lead and layer.rows == "class" else query
+        scores = key_scores(rows, key, scale=key.shape[-1] ** -0.5, heads="mean")
+        return LayerTokens(scores[:, lead:].flatten(), key.mean(1)[:, lead:].flatten(0, 1))
 
     def expect(self, receive: Callable[[str, Vision], None]) -> None:
         """Call `receive` for encoder calls on this thread until `settle`."""

@@ -125,7 +125,7 @@ class VLM:
 
         def work() -> None:
             try:
-                with self._lock, plan.apply(self.model):
+                with self._lock, plan.apply(self.model, tokenizer=self.processor.tokenizer):
                     self._generate(inputs, options)
             except BaseException as error:
                 failures.append(error)
@@ -149,7 +149,7 @@ class VLM:
         with self._lock, StageTimer(self.model) as timer:
             with timer.preprocess():
                 inputs = self._encode(conversations, chosen)
-            with chosen.apply(self.model) as run:
+            with chosen.apply(self.model, tokenizer=self.processor.tokenizer) as run:
                 sequences = self._generate(inputs, generate_kwargs)
         generated = sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(generated, skip_special_tokens=True)

@@ -12,6 +12,12 @@ from torch import nn
 from mmefficient.errors import ModelError
 from mmefficient.tokens import Layout
 
+PIXELS = {
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and standard deviation of pixel normalisation, by the beginning of a vision tower's model type."""
+
 
 class Adapter:
     """Names the parts of one model; subclasses know one family. Holds no state of a call.
@@ -61,6 +67,38 @@ class Adapter:
         Raises:
             ModelError: the family has no such layer.
         """
+        layers, index = self.tower_layers()
+        return self.base.multi_modal_projector, attention_of(layers[index])
+
+    def tower_attention(self, layer: int | float | None) -> Any:
+        """The attention module of a tower layer, named as in `points.TowerLayer`.
+
+        Raises:
+            ModelError: there is no such layer.
+        """
+        layers, index = self.tower_layers()
+        if isinstance(layer, float):
+            index = max(1, round(layer * len(layers))) - 1
+        elif layer is not None:
+            index = layer if layer >= 0 else len(layers) + layer
+        if not 0 <= index < len(layers):
+            raise ModelError(f"the vision tower has layers 0 to {len(layers) - 1}, and no {layer}.")
+        return attention_of(layers[index])
+
+    def pixel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel that the family's processor normalises pixels with.
+
+        Raises:
+            ModelError: not known for this tower.
+        """
+        raise ModelError(f"{type(self.base).__name__} hands its tower no pictures that a matcher could look at.")
+
+    def tower_layers(self) -> tuple[nn.ModuleList, int]:
+        """The vision tower's layers, and the number of the one whose output the projector reads.
+
+        Raises:
+            ModelError: the family has no such layer.
+        """
         raise ModelError(
             f"{type(self.base).__name__} has no vision tower layer with one key per visual token; "
             "use a method that works inside the language model, such as fastv."
@@ -70,16 +108,34 @@ class Adapter:
 class ProjectorAdapter(Adapter):
     """Families built from `vision_tower`, `multi_modal_projector` and `language_model`."""
 
-    def tower_parts(self) -> tuple[Any, Any]:
+    def pixel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        kind = self.config.vision_config.model_type
+        for prefix, statistics in PIXELS.items():
+            if kind.startswith(prefix):
+                return statistics
+        raise ModelError(f"it is not known how pixels of a {kind} tower are normalised; use another matcher.")
+
+    def tower_layers(self) -> tuple[nn.ModuleList, int]:
         choice = self.config.vision_feature_layer
         layers = _encoder_layers(self.base.vision_tower)
         if not isinstance(choice, int):
             raise ModelError("the projector reads several vision tower layers; tower methods need a single one.")
         index = (choice if choice >= 0 else len(layers) + 1 + choice) - 1  # hidden state 0 precedes all layers
-        attention = getattr(layers[index], "self_attn", None) if 0 <= index < len(layers) else None
-        if attention is None or not (hasattr(attention, "q_proj") and hasattr(attention, "k_proj")):
-            raise ModelError(f"cannot read queries and keys of {type(self.base.vision_tower).__name__}.")
-        return self.base.multi_modal_projector, attention
+        if not 0 <= index < len(layers):
+            raise ModelError("the projector reads what precedes all vision tower layers; tower methods need a layer.")
+        return layers, index
+
+
+def attention_of(layer: nn.Module) -> Any:
+    """The attention module of a tower layer.
+
+    Raises:
+        ModelError: it does not make queries and keys of its own.
+    """
+    attention = getattr(layer, "self_attn", None)
+    if not (hasattr(attention, "q_proj") and hasattr(attention, "k_proj")):
+        raise ModelError(f"cannot read queries and keys of {type(layer).__name__}.")
+    return attention
 
 
 def _encoder_layers(tower: nn.Module) -> nn.ModuleList:

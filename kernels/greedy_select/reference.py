@@ -10,9 +10,7 @@ NOTHING = 1e-6
 """Share of the largest diagonal entry below which an item's remaining volume counts as 0."""
 
 
-def first_scores(
-    pairs: torch.Tensor, valid: torch.Tensor, objective: str, weight: torch.Tensor | None
-) -> torch.Tensor:
+def first_scores(pairs: torch.Tensor, valid: torch.Tensor, objective: str, weight: torch.Tensor | None) -> torch.Tensor:
     """float32 [U, N]: scores of the first pick ("max_min"), weights ("coverage"), or what counts as volume."""
     if objective == "coverage":
         return torch.ones_like(valid, dtype=torch.float32) if weight is None else weight.float()

@@ -120,9 +120,10 @@ def _wait(device: torch.device) -> None:
 
 def _single(plan: str) -> Reducer:
     methods = Plan(plan).methods
-    if len(methods) != 1 or methods[0].site or not methods[0].needs <= {"tower", "full_grid"}:
+    one = methods[0] if len(methods) == 1 else None
+    if not isinstance(one, Reducer) or one.site or one.staged or not one.needs <= {"tower", "full_grid"}:
         raise PlanError(f"{plan!r} is not one method at the language model's input that needs no more than the tower.")
-    return methods[0]
+    return one
 
 
 def _objective(tokens: VisualTokens, steps: int, objective: Objective, repeats: int) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class Asker:
     @contextmanager
     def under(self, plan: Plan) -> Iterator[Run]:
         """Puts the plan on the model for the time of a `with` block."""
-        with SharedPictures(self.model, plan) as self._shared, plan.apply(self.model) as run:
+        applied = plan.apply(self.model, tokenizer=self.processor.tokenizer)
+        with SharedPictures(self.model, plan) as self._shared, applied as run:
             yield run
 
     def ask(self, records: Sequence[Record], run: Any) -> list[Answer]:

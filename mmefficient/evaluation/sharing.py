@@ -25,7 +25,7 @@ class SharedPictures:
 
     def __init__(self, model: Any, plan: Plan) -> None:
         self._base = getattr(model, "base_model", model)
-        self._active = not any("tower" in method.needs for method in plan.methods)
+        self._active = not any(method.watches for method in plan.methods)
         self.pictures: Sequence[str] = ()
         self.encoded = 0
 

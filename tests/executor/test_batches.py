@@ -26,6 +26,15 @@ PLANS = [
     "vispruner(keep=0.4,important=0.5)",
     "scope(keep=0.4)",
     "divprune(keep=0.4,positions=keep)",
+    "downsample(keep=0.3)",
+    "tome(keep=0.5)",
+    "tome(keep=0.3,where=output,positions=keep)",
+    "prumerge()",
+    "prumerge(keep=0.5,plus=True,positions=keep)",
+    "hiprune(keep=0.6,alpha=0.8)",
+    "cdpruner(keep=0.4,matcher=embeddings,positions=keep)",
+    "trim(keep=0.3,matcher=embeddings)",
+    "trim(matcher=embeddings,positions=keep)+fastv(layer=1,keep=0.5)",
     "pyramiddrop(shares=(0.6,0.4,0.2))",
     "sparsevlm(shares=(0.7,0.5,0.3),recycle=0.6,layers=(1,2,3))",
     "random(keep=0.8)+sparsevlm(shares=(0.6,0.5,0.2),recycle=0)+exit(layer=3)",
@@ -41,8 +50,9 @@ PLANS = [
 
 def supported(family: str, plan: str) -> bool:
     """M-RoPE cannot close up ids, and merged patches have no tower facts."""
-    needs_tower = any(name in plan for name in ("visionzip", "fastervlm", "vispruner", "scope"))
-    return family != "qwen2_5_vl" or not ("compact" in plan or needs_tower)
+    methods = Plan(plan).methods
+    refused = any(each.needs & {"tower", "mark"} or getattr(each, "positions", "keep") == "compact" for each in methods)
+    return family != "qwen2_5_vl" or not refused
 
 
 CASES = [(family, plan) for family in tiny.FAMILIES for plan in PLANS if supported(family, plan)]

@@ -1,0 +1,62 @@
+"""CDPruner (Zhang et al., NeurIPS 2025): a determinantal point process, conditioned on the question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from mmefficient.kernels.greedy_select import greedy_select
+from mmefficient.points import MatchTokens, Positions, Reducer, Scope, Selection, VisualTokens, about, order_selection
+
+
+@dataclass(frozen=True)
+class CDPruner(Reducer):
+    """Kept patches span as much volume as greedy choice can make them, in lengths that grow with their relevance."""
+
+    name: ClassVar[str] = "cdpruner"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2506.10967"
+    summary: ClassVar[str] = "keep patches that are different from each other and relevant to the question (DPP)"
+    needs: ClassVar[frozenset[str]] = frozenset({"match"})
+    scope: ClassVar[Scope] = "tile"
+
+    keep: float | int = field(
+        default=0.25, metadata=about("visual tokens that stay, per crop: a fraction in (0, 1] or a count")
+    )
+    matcher: str = field(
+        default="openai/clip-vit-large-patch14-336",
+        metadata=about("what compares patches with the question: see docs/matchers.md"),
+    )
+    positions: Positions = field(
+        default="compact", metadata=about("'compact' the position ids, or 'keep' them", quiet=True)
+    )
+
+    def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
+        assert tokens.match is not None
+        length = spread_by_row(relevance(tokens.match), tokens)
+        features = F.normalize(tokens.hidden.float(), dim=-1)
+        kernel = length[:, :, None] * (features @ features.transpose(1, 2)) * length[:, None]
+        return order_selection(greedy_select(kernel, tokens.valid, max(counts), objective="volume"), counts)
+
+
+def relevance(match: MatchTokens) -> torch.Tensor:
+    """float32 [U, N]: mean over the question's pieces of the cosine, negated where the matcher is inverted."""
+    patches, texts = F.normalize(match.patches, dim=-1), F.normalize(match.texts, dim=-1)
+    cosines = (patches @ texts.transpose(1, 2)).masked_fill(~match.valid[:, None], 0.0)
+    mean = cosines.sum(2) / match.valid.sum(1, keepdim=True).clamp(min=1)
+    return -mean if match.inverted else mean
+
+
+def spread_by_row(values: torch.Tensor, tokens: VisualTokens) -> torch.Tensor:
+    """`values` [U, N] stretched to (0, 1], all units of a batch row together."""
+    rows = torch.tensor([unit.row for unit in tokens.units], device=values.device)
+    ends = []
+    for how, beyond in (("amin", float("inf")), ("amax", float("-inf"))):
+        per_unit = getattr(values.masked_fill(~tokens.valid, beyond), how)(1)
+        per_row = torch.full((max(unit.row for unit in tokens.units) + 1,), beyond, device=values.device)
+        ends.append(per_row.scatter_reduce_(0, rows, per_unit, how)[rows, None])
+    low, high = ends
+    return torch.where(high > low, (values - low + 1e-6) / (high - low), 1.0).masked_fill(~tokens.valid, 0.0)
