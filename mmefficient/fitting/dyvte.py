@@ -78,10 +78,8 @@ class Gates:
             logits.append(self.logits(z))
             labels.append(may)
             kinds.append(batch.kinds)
-        text = (
-            int(batch.mask.sum(1).float().mean()) - (batch.ids == self.adapter.placeholders["image"]).sum(1)[0].item()
-        )
-        tokens = int(batch.mask.sum(1).float().mean())
+        tokens = int(batch.mask.sum()) // len(batch.mask)
+        text = tokens - int((batch.ids[0] == self.adapter.placeholders["image"]).sum())
         logit, may, kind = torch.cat(logits, 1), torch.cat(labels, 1), torch.cat(kinds)
         full, short = layer_flops(self.config, tokens), layer_flops(self.config, text)
         table = []
