@@ -83,7 +83,8 @@ class Call:
     def steers(self, layer: int) -> bool:
         """Whether attention in this layer is more than the stock function's."""
         if self.prefill is None:
-            return self.state is not None and layer in self.state.steered and bool(self.modulated)
+            state = self.state
+            return state is not None and layer in state.steered and (state.weighted or bool(self.modulated))
         busy = self.prefill.blind is not None or self.prefill.key_bias is not None
         return busy or (layer in self.modulated and self.prefill.has_visual)
 

@@ -62,7 +62,7 @@ class Executor:
             layer: [r for r in self.reducers if r.site == layer + 1 and r.needs & FROM_LAYER_BEFORE]
             for layer in range(len(adapter.layers))
         }
-        self.attending = any(r.needs & (FROM_LAYER_BEFORE | FROM_OWN_LAYER) for r in self.reducers)
+        self.attending = any(r.weighted or r.needs & (FROM_LAYER_BEFORE | FROM_OWN_LAYER) for r in self.reducers)
         self.attending |= bool(self.modulated)
         self.rated = [r for r in self.reducers if "question_attention" in r.needs]
         whole: set[Scope] = {"prompt"} if self.rated or self.modulated else set()

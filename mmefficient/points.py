@@ -304,6 +304,8 @@ class Reducer(Method):
     """What the method asks for: see `VisualTokens`; "full_grid": every view of a unit is a complete grid."""
     adaptive: ClassVar[bool] = False
     """Whether budgets depend on what the tokens hold (`choose`), which costs one wait for the device."""
+    weighted: ClassVar[bool] = False
+    """Whether keys count by their size from the site on, also for later tokens (log of the size on their logits)."""
     scope: ClassVar[Scope] = "image"
     space: ClassVar[Literal["lm", "tower"]] = "lm"
     """Whose features `Selection.mix` mixes; tower features go through the projector afterwards."""

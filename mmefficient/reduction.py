@@ -55,6 +55,7 @@ class PromptState:
         plan, mode: under which the prompt was read.
         tokens: the map, on the model's device.
         segments: by decoder layer, what it holds; layers that hold the whole prompt are absent.
+        weighted: keys count by size; `steered` has the bias.
         shift: int64 [B, 1], how far the position ids of later tokens move down; None = not at all.
         steered: by decoder layer, what modulations do to later rows.
     """
@@ -65,6 +66,7 @@ class PromptState:
     segments: dict[int, Segment] = field(default_factory=dict)
     shift: torch.Tensor | None = None
     steered: dict[int, tuple[Part, ...]] = field(default_factory=dict)
+    weighted: bool = False
 
     @property
     def length(self) -> int:
@@ -235,8 +237,12 @@ class Prefill:
         self.units = {reducer.scope: units.with_counts(counts)}
         if self.simulate:
             self._hold(Segment(columns, keep, segment.length))
-            return hidden
-        return self._repack(hidden, keep, columns, self._row_counts(units, counts, keep), segment.length)
+        else:
+            hidden = self._repack(hidden, keep, columns, self._row_counts(units, counts, keep), segment.length)
+        if reducer.weighted:
+            self.key_bias = self.state.tokens.size.gather(1, self.now.columns).log()
+            self.state.weighted = True
+        return hidden
 
     def recall(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` makes, kept for all layers that hold the same slots."""

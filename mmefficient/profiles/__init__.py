@@ -60,7 +60,8 @@ class Profile:
         """A profile that says which command, versions and hardware made it."""
         from mmefficient.environment import collect
 
-        return cls(kind, checkpoint.weights, facts, {"command": shlex.join(sys.argv), **collect()})
+        command = f"python -m mmefficient.fitting {shlex.join(sys.argv[1:])}"
+        return cls(kind, checkpoint.weights, facts, {"command": command, **collect()})
 
     def write(self, path: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write `path` (.json), and `tensors` beside it."""

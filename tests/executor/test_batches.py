@@ -39,6 +39,8 @@ PLANS = [
     "sparsevlm(shares=(0.7,0.5,0.3),recycle=0.6,layers=(1,2,3))",
     "random(keep=0.8)+sparsevlm(shares=(0.6,0.5,0.2),recycle=0)+exit(layer=3)",
     "urag(keep=1,layer=2)+pyramiddrop",
+    "pact(layer=1,keep=0.8,cutoff=0.4,reach=1.5)",
+    "pact(layer=1,keep=0.9,cutoff=0.3,reach=1.2)+fastv(layer=3,keep=0.5)",
     f"dyvte(gates='{tiny.GATES}')",
     f"urag(keep=1,head='{tiny.HEAD}')+dyvte(gates='{tiny.GATES}')+fastv(layer=2,keep=0.5)",
     "pool(keep=0.5)+random(keep=0.7)+fastv(layer=1,keep=0.5)+fastv(layer=2,keep=1)+exit(layer=3)",

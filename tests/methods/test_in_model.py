@@ -232,6 +232,78 @@ def test_urag_ranks_pages_by_its_head() -> None:
     assert reported(model, f"urag(keep=0.5,head='{tiny.HEAD}')")[1] == list(range(page * 16, page * 16 + 16))
 
 
+def slow_pact(slow: Slow, layer: int, keep: float, cutoff: float, reach: float) -> list[dict[int, list[int]]]:
+    """For each image the released rule, one token at a time: members (slots) of each centre's cluster (slots)."""
+    still_query, still_key = slow.heads(layer, rotate=False)
+    _, turned = slow.heads(layer)
+    turned = turned[::2]  # each key once
+    found = []
+    for image in slow.images:
+        own = [slot for slot in slow.slots() if slow.columns[slot] in image]
+        mean = still_query[:, own].mean(1)
+        shares = torch.softmax((still_key[:, own] @ mean[..., None])[..., 0] / 8**0.5, -1).mean(0)
+        score = {slot: float(share * slow.hidden[slot].norm()) for slot, share in zip(own, shares, strict=True)}
+        kept = sorted(sorted(own, key=lambda slot: (-score[slot], slot))[: int(keep * len(own) + 0.5)])
+        flat = {slot: turned[:, slot].flatten() for slot in own}
+        apart = {(i, j): 1 - float(F.cosine_similarity(flat[i], flat[j], dim=0)) for i in own for j in own}
+        density = {i: sum(float(torch.tensor(-((apart[i, j] / 2) ** 2)).exp()) for j in kept) for i in kept}
+        middles: list[int] = []
+        for i in sorted(kept, key=lambda i: (-density[i], i)):
+            if all(apart[i, j] > cutoff for j in middles):
+                middles.append(i)
+        members: dict[int, list[int]] = {i: [] for i in sorted(middles)}
+        for i in own:
+            nearest = i if i in middles else min(sorted(middles), key=lambda c: apart[i, c])
+            if nearest == i or apart[i, nearest] <= reach * cutoff:
+                members[nearest].append(i)
+        found.append(members)
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("keep", "cutoff", "reach"), [(0.8, 0.5, 1.5), (0.5, 0.6, 1.0), (1.0, 0.0, 1.0)])
+def test_pact_equals_the_slow_rule(keep: float, cutoff: float, reach: float) -> None:
+    """Who is merged, what enters the layer, and logits whose keys weigh by their number."""
+    model = tiny.build("llava")
+    slow = Slow(model, PROMPT)
+    slow.run(0)
+    clusters = {c: members for image in slow_pact(slow, 1, keep, cutoff, reach) for c, members in image.items()}
+    hidden, size = slow.hidden.clone(), torch.ones(len(slow.hidden))
+    for middle, members in clusters.items():
+        hidden[middle], size[middle] = slow.hidden[members].mean(0), len(members)
+    slow.hidden = hidden
+    gone = set(slow.slots()) - set(clusters)
+    size = size[[slot for slot in range(len(size)) if slot not in gone]]
+    slow.drop(gone)
+    kept = slow.kept()
+    mask = torch.ones(len(size), len(size)).tril().log() + size.log()
+    for layer in range(1, tiny.LAYERS):
+        rope = slow.cos[None, slow.columns], slow.sin[None, slow.columns]
+        block = slow.decoder.layers[layer]
+        slow.hidden = block(slow.hidden[None], attention_mask=mask[None, None], position_embeddings=rope)[0]
+    expected = model.lm_head(slow.decoder.norm(slow.hidden))
+    with Plan(f"pact(layer=1,keep={keep},cutoff={cutoff},reach={reach})").apply(model) as run:
+        got = model(**tiny.collate("llava", [PROMPT])).logits[0]
+    assert run.report().kept(0, 1).tolist() == kept
+    if cutoff:
+        assert 2 < len(kept) < 30
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_pact_weighs_keys_while_decoding() -> None:
+    """Cached decoding equals reading prompt and answer in one go."""
+    model, batch = tiny.build("llava"), tiny.collate("llava", [PROMPT])
+    with Plan("pact(layer=1,keep=0.8,cutoff=0.5)").apply(model):
+        out = model.generate(
+            **batch, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        longer = dict(batch, input_ids=out.sequences[:, :-1])
+        longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+        whole = model(**longer).logits[:, -4:]
+    torch.testing.assert_close(torch.stack(out.logits, 1), whole, rtol=0, atol=1e-4)
+
+
 def test_profiles_are_found_by_the_weights(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build("llava")
     plan = Plan("exit(layer=auto)")
