@@ -199,6 +199,42 @@ def evaluate(
         print(markdown(report))
 
 
+@app.command(epilog="Examples:\n\nmmefficient demo\n\nmmefficient demo --model llava-hf/llava-1.5-7b-hf --port 8080")
+def demo(
+    model: Annotated[list[str] | None, typer.Option(help="A model to serve; repeat for a choice.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 opens the demo to the network.")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860 on.")] = None,
+    share: Annotated[bool, typer.Option("--share/--no-share", help="Also open a public link.")] = False,
+    auth: Annotated[str | None, typer.Option(help="USER:PASSWORD that the page asks for.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Open a page to see what plans keep, change and save (extra `demo`)."""
+    from importlib.util import find_spec
+
+    if find_spec("gradio") is None:
+        raise InputError("The demo needs Gradio: pip install 'mmefficient[demo]'.")
+    user, _, password = (auth or "").partition(":")
+    if auth is not None and not (user and password):
+        raise InputError("--auth is USER:PASSWORD.")
+    from mmefficient.demo.app import serve
+
+    _quiet()
+    running = serve(
+        tuple(model or ["reference"]),
+        host=host,
+        port=port,
+        share=share,
+        auth=(user, password) if auth else None,
+        device=device,
+        dtype=dtype,
+    )
+    print(f"listening on {running.address}", flush=True)
+    running.wait()
+
+
 @app.command(epilog="Examples:\n\nmmefficient env\n\nmmefficient env --json")
 def env(as_json: AsJson = False) -> None:
     """Show versions and hardware, for bug reports."""

@@ -36,10 +36,21 @@ def kept_tokens(picture: Image.Image, answers: Sequence[tuple[Report, str]], row
     return canvas
 
 
-def _strip(picture: Image.Image, report: Report, text: str, row: int) -> Image.Image:
+def kept_at(picture: Image.Image, report: Report, layer: int, row: int = 0) -> Image.Image:
+    """What decoder layer `layer` holds of `picture`; arguments and errors as in `kept_tokens`."""
+    place = _place(report, row)
+    return _panel(_cropped(picture, place), place, report.kept(row, layer))
+
+
+def _place(report: Report, row: int) -> torch.Tensor:
     place = report.places[row]
     if len(place[:, :2].unique(dim=0)) != 1:
         raise InputError(f"row {row} does not hold exactly one untiled image; only such pictures can be drawn.")
+    return place
+
+
+def _strip(picture: Image.Image, report: Report, text: str, row: int) -> Image.Image:
+    place = _place(report, row)
     kept = report.rows[row].kept_per_layer
     starts = [0] + [layer for layer in range(1, len(kept)) if kept[layer] != kept[layer - 1]]
     seen = _cropped(picture, place)

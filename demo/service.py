@@ -1,0 +1,175 @@
+"""What the demo computes, without any interface: answers with measured times, presets, plans made of fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from mmefficient.bench.timers import STAGES
+from mmefficient.errors import InputError, MMEfficientError, PlanError
+from mmefficient.executor import Executor
+from mmefficient.flops import kv_bytes
+from mmefficient.methods import method, methods
+from mmefficient.models import adapter_for
+from mmefficient.plan import Plan
+from mmefficient.report import Report
+from mmefficient.run import Run
+from mmefficient.vlm import VLM
+
+REPEATS = 3  # timed runs behind every median
+MAX_QUESTION = 2000  # characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One answer and what it cost.
+
+    Attributes:
+        text: the answer; plan: as text.
+        stages_ms: median milliseconds per stage over `repeats` warm runs.
+        kv_bytes: keys and values of the prompt that the cache holds after the prefill.
+        realised: time saved in the prefill over the time that the saved FLOPs are worth; None where none are saved.
+    """
+
+    plan: str
+    text: str
+    report: Report
+    stages_ms: dict[str, float]
+    repeats: int
+    kv_bytes: int
+    realised: float | None = None
+
+    @property
+    def total_ms(self) -> float:
+        """All stages together."""
+        return sum(self.stages_ms.values())
+
+
+class Service:
+    """The models given at start, by name; nothing else can be asked for."""
+
+    def __init__(self, models: Mapping[str, VLM]) -> None:
+        self.models = dict(models)
+
+    def model(self, name: str) -> VLM:
+        """Raises InputError for a name that was not given at start."""
+        if name not in self.models:
+            raise InputError(f"This demo serves {', '.join(self.models)}; choose one of these models.")
+        return self.models[name]
+
+    def layers(self, name: str) -> int:
+        """Decoder layers of a model."""
+        return len(adapter_for(self.model(name).model).layers)
+
+    def presets(self, name: str) -> list[str]:
+        """No plan, then every method that works with its defaults; a layer it asks for is half the depth."""
+        found = ["none"]
+        for kind in methods():
+            required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+            if set(required) <= {"layer"}:
+                found.append(str(Plan([kind(**dict.fromkeys(required, self.layers(name) // 2))])))
+        return found
+
+    def stream(self, name: str, picture: Image.Image | None, question: str, plan: str) -> Iterator[str]:
+        """The answer so far, growing."""
+        picture, question = check_input(picture, question)
+        text = ""
+        for piece in self.model(name).stream(picture, question, plan=plan):
+            text += piece
+            yield text.strip()
+
+    def measure(self, name: str, picture: Image.Image | None, question: str, plans: Sequence[str]) -> list[Measured]:
+        """Answer under every plan: one warm-up each, then `REPEATS` rounds in which the plans take turns."""
+        picture, question = check_input(picture, question)
+        vlm = self.model(name)
+        runs = [[vlm.ask(picture, question, plan=plan) for plan in plans] for _ in range(REPEATS + 1)]
+        found = []
+        for index, plan in enumerate(plans):
+            answers = [answers[index] for answers in runs[1:]]
+            stages = {stage: statistics.median(a.report.stages_ms[stage] for a in answers) for stage in STAGES}
+            report = answers[-1].report
+            found.append(
+                Measured(str(Plan(plan)), answers[-1].text, report, stages, REPEATS, stored_bytes(vlm.model, report))
+            )
+        return [dataclasses.replace(one, realised=_realised(found[0], one)) for one in found]
+
+
+def stored_bytes(model: Any, report: Report) -> int:
+    """Bytes of keys and values that the cache holds of the prompt in `report`."""
+    return kv_bytes(adapter_for(model).decoder.config, report.stored_tokens, model.dtype.itemsize)
+
+
+def check_input(picture: Image.Image | None, question: str) -> tuple[Image.Image, str]:
+    """Raises InputError where the picture or the question is missing, or the question is far too long."""
+    if picture is None:
+        raise InputError("Give a picture first: upload, paste or pick one.")
+    if not question.strip():
+        raise InputError("Write a question about the picture.")
+    if len(question) > MAX_QUESTION:
+        raise InputError(f"The question has {len(question)} characters; {MAX_QUESTION} are allowed.")
+    return picture, question.strip()
+
+
+def _realised(base: Measured, other: Measured) -> float | None:
+    saved = 1 - other.report.prefill_flops / other.report.prefill_flops_without_plan
+    if not saved or not base.stages_ms["prefill"]:
+        return None
+    return (1 - other.stages_ms["prefill"] / base.stages_ms["prefill"]) / saved
+
+
+def explain(text: str, model: Any) -> str | None:
+    """Why the plan in `text` cannot be used on `model`, as a sentence; None = it can."""
+    try:
+        plan = Plan(text)
+        adapter = adapter_for(model)
+        Executor(model, adapter, plan.methods, Run(str(plan), "apply", adapter))  # checks, and attaches nothing
+    except MMEfficientError as error:
+        return str(error)
+    return None
+
+
+def add_method(text: str, name: str, values: Mapping[str, str]) -> str:
+    """The plan in `text` with one more method, whose fields are given as they are typed; empty = the default.
+
+    Raises:
+        PlanError: the method, a field, or the whole plan makes no sense.
+    """
+    given = ",".join(f"{field}={value.strip()}" for field, value in values.items() if value.strip())
+    method(name)  # an unknown name is said before anything else
+    added = Plan(f"{name}({given})")
+    return str(Plan([*Plan(text).methods, *added.methods]))
+
+
+def policy(text: str) -> str:
+    """The plan as the JSON text of a policy file."""
+    return json.dumps(Plan(text).to_dict(), indent=1) + "\n"
+
+
+def read_policy(data: bytes) -> str:
+    """The plan in a policy file, as text.
+
+    Raises:
+        PlanError: no policy, or one with methods that cannot be composed.
+    """
+    try:
+        return str(Plan.from_dict(json.loads(data.decode())))
+    except MMEfficientError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PlanError('This is no policy file: it should hold {"methods": [{"name": ...}, ...]} as JSON.') from error
+
+
+def snippets(text: str, model: str) -> tuple[str, str]:
+    """The plan as a Python snippet and as a command line."""
+    plan = str(Plan(text))
+    python = (
+        "import mmefficient as mm\n\n"
+        f"vlm = mm.VLM.from_pretrained({model!r}, plan={plan!r})\n"
+        'print(vlm.ask("picture.png", "What is in the picture?").text)\n'
+    )
+    return python, f"mmefficient ask picture.png 'What is in the picture?' --model {model} --plan '{plan}'"
