@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 from PIL import Image
+from torch import Tensor
 
 from mmefficient.demo.service import Measured, Service
 from mmefficient.demo.speak import spoken
 from mmefficient.demo.uploads import picture_input
 from mmefficient.demo.views import cost
-from mmefficient.draw import kept_at
+from mmefficient.draw import attention_at, kept_at
+
+
+DRAWN = ["kept, left plan", "kept, right plan", "attention received"]
 
 
 class Shown(NamedTuple):
@@ -20,6 +24,7 @@ class Shown(NamedTuple):
 
     picture: Image.Image
     answers: tuple[Measured, Measured]
+    attention: Tensor  # [layers, visual tokens]
 
 
 class Inputs(NamedTuple):
@@ -59,7 +64,7 @@ def ask_tab(service: Service, samples: list[list[str]]) -> Inputs:
                         sides.append((text, gr.HTML(elem_id=f"cost-{side}")))
             gr.Markdown("### What is kept")
             with gr.Row():
-                which = gr.Radio(["left", "right"], value="right", label="Plan drawn")
+                which = gr.Radio(DRAWN, value=DRAWN[1], label="What is drawn")
                 depth = service.layers(first)
                 layer = gr.Slider(0, depth - 1, depth - 1, step=1, label="Decoder layer", elem_id="layer")
             drawn = gr.Image(
@@ -82,16 +87,25 @@ def ask_tab(service: Service, samples: list[list[str]]) -> Inputs:
         one, other = service.measure(model, picture, question, [left, right])
         longest = max(one.total_ms, other.total_ms)
         assert picture is not None
-        yield one.text, other.text, cost(one, longest), cost(other, longest), Shown(picture, (one, other))
+        attention = service.attention(model, picture, question)
+        shown = Shown(picture, (one, other), attention)
+        yield one.text, other.text, cost(one, longest), cost(other, longest), shown
 
     @spoken
     def kept(shown: Shown | None, which: str, layer: int) -> tuple[Image.Image | None, str]:
-        """The picture with the visual tokens that a decoder layer holds; what has left is dimmed."""
+        """The picture with the visual tokens that a decoder layer holds, or lit by the attention they receive there."""
         if shown is None:
             return None, "Ask a question first; then the slider shows what each layer holds."
-        report = shown.answers[which == "right"].report
+        layer = min(int(layer), len(shown.attention) - 1)
+        if which == DRAWN[2]:
+            received = shown.attention[layer]
+            drawn = attention_at(shown.picture, shown.answers[0].report, received)
+            return (
+                drawn,
+                f"No plan, layer {layer}: visual tokens receive {received.sum():.0%} of the last row's attention.",
+            )
+        report = shown.answers[DRAWN.index(which)].report
         row = report.rows[0]
-        layer = min(int(layer), len(row.kept_per_layer) - 1)
         gone = next((index for index, count in enumerate(row.kept_per_layer) if not count), None)
         words = f"`{report.plan}`, layer {layer}: {row.kept_per_layer[layer]} of {row.visual_total} visual tokens."
         words += "" if gone is None else f" The picture leaves at layer {gone}."

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from mmefficient.bench.timers import STAGES
 from mmefficient.errors import InputError, MMEfficientError, PlanError
@@ -20,6 +21,7 @@ from mmefficient.plan import Plan
 from mmefficient.report import Report
 from mmefficient.run import Run
 from mmefficient.vlm import VLM
+from mmefficient.watch import attention_received
 
 REPEATS = 3  # timed runs behind every median
 MAX_QUESTION = 2000  # characters
@@ -82,6 +84,10 @@ class Service:
         for piece in self.model(name).stream(picture, question, plan=plan):
             text += piece
             yield text.strip()
+
+    def attention(self, name: str, picture: Image.Image, question: str) -> Tensor:
+        """Float32 [layers, N], what visual tokens receive from the last prompt row, without a plan."""
+        return attention_received(self.model(name), picture, question)
 
     def measure(self, name: str, picture: Image.Image | None, question: str, plans: Sequence[str]) -> list[Measured]:
         """Answer under every plan: one warm-up each, then `REPEATS` rounds in which the plans take turns."""

@@ -42,6 +42,20 @@ def kept_at(picture: Image.Image, report: Report, layer: int, row: int = 0) -> I
     return _panel(_cropped(picture, place), place, report.kept(row, layer))
 
 
+def attention_at(picture: Image.Image, report: Report, received: torch.Tensor, row: int = 0) -> Image.Image:
+    """`picture` lit by the attention [N] that its visual tokens receive; arguments and errors as in `kept_tokens`.
+
+    The brightest token is shown as it is; the others fade to `DIMMED` with the square root of their share of it.
+    """
+    place = _place(report, row)
+    rows, cols = _grid(place)
+    light = torch.zeros(rows, cols)
+    light[place[:, 2], place[:, 3]] = (received / received.max().clamp(min=1e-12)).sqrt()
+    seen = _cropped(picture, place)
+    mask = Image.fromarray((light * 255).to(torch.uint8).numpy()).resize(seen.size, Image.Resampling.NEAREST)
+    return Image.composite(seen, seen.point(lambda value: int(value * DIMMED)), mask)
+
+
 def _place(report: Report, row: int) -> torch.Tensor:
     place = report.places[row]
     if len(place[:, :2].unique(dim=0)) != 1:

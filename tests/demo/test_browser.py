@@ -86,6 +86,8 @@ def test_ask_under_two_plans_and_move_through_the_layers(page: Any) -> None:
     page.wait_for_function("document.querySelector('#kept-words').innerText.includes('layer 3: 576 of 576')")
     assert "leaves at layer 6" in page.locator("#kept-words").inner_text()
     page.wait_for_selector("#kept img")
+    page.get_by_label("attention received").check()
+    page.wait_for_function("document.querySelector('#kept-words').innerText.includes('of the last row')")
     page.screenshot(path=SHOTS / "ask.png", full_page=True)
 
 

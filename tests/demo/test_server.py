@@ -55,7 +55,7 @@ def test_the_client_gets_what_the_wrapper_answers(client: Any) -> None:
     assert left == vlm.ask(reference.sample_picture(), QUESTION).text
     assert right == vlm.ask(reference.sample_picture(), QUESTION, plan=plan).text
     assert "576 in layers 0-1, 144 in layers 2-11" in costs[1]
-    drawn, words = client.predict("right", 5, api_name="/kept")  # the same session
+    drawn, words = client.predict("kept, right plan", 5, api_name="/kept")  # the same session
     assert Path(drawn).stat().st_size > 1000
     assert "144 of 576" in words
 
