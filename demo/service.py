@@ -69,12 +69,14 @@ class Service:
         return len(adapter_for(self.model(name).model).layers)
 
     def presets(self, name: str) -> list[str]:
-        """No plan, then every method that works with its defaults; a layer it asks for is half the depth."""
+        """No plan, then every method that the model can carry with its defaults; a layer it asks for is half the depth."""
         found = ["none"]
         for kind in methods():
             required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
             if set(required) <= {"layer"}:
-                found.append(str(Plan([kind(**dict.fromkeys(required, self.layers(name) // 2))])))
+                plan = str(Plan([kind(**dict.fromkeys(required, self.layers(name) // 2))]))
+                if explain(plan, self.model(name).model) is None:
+                    found.append(plan)
         return found
 
     def stream(self, name: str, picture: Image.Image | None, question: str, plan: str) -> Iterator[str]:

@@ -65,7 +65,9 @@ def test_every_preset_answers(service: demo_service.Service) -> None:
     assert presets[0] == "none"
     names = {each.partition("(")[0] for each in presets[1:]}
     assert {"fastv", "visionzip", "exit", "random"} <= names
-    assert all(demo_service.explain(each, service.model("reference").model) is None for each in presets)
+    picture = Image.open(reference.sample_picture())
+    for plan in presets:
+        assert list(service.stream("reference", picture, "Is there a frog?", plan))[-1], plan
 
 
 def test_plans_are_put_together_and_explained(service: demo_service.Service) -> None:
