@@ -15,7 +15,6 @@ from mmefficient.demo.uploads import picture_input
 from mmefficient.demo.views import cost
 from mmefficient.draw import attention_at, kept_at
 
-
 DRAWN = ["kept, left plan", "kept, right plan", "attention received"]
 
 

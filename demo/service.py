@@ -69,7 +69,7 @@ class Service:
         return len(adapter_for(self.model(name).model).layers)
 
     def presets(self, name: str) -> list[str]:
-        """No plan, then every method that the model can carry with its defaults; a layer it asks for is half the depth."""
+        """No plan, then every method the model can carry with its defaults; a layer it asks for is half the depth."""
         found = ["none"]
         for kind in methods():
             required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
