@@ -10,9 +10,8 @@ from PIL import Image
 from mmefficient.demo.ask import Inputs
 from mmefficient.demo.service import Service
 from mmefficient.demo.speak import spoken
-from mmefficient.demo.views import comparison, scatter
+from mmefficient.demo.views import accuracies, comparison, scatter
 from mmefficient.evaluation import run_eval
-from mmefficient.evaluation.markdown import markdown
 
 MAX_QUESTIONS = 110
 PLAIN, TRACKED = gr.Progress(), gr.Progress(track_tqdm=True)  # Gradio finds them as defaults
@@ -58,7 +57,7 @@ def evaluate_tab(service: Service, inputs: Inputs) -> None:
         yield "Evaluating …"
         limit = max(1, min(int(count), MAX_QUESTIONS))
         report = run_eval("scenes", [plan], service.model(model), limit=limit, baselines=False, progress=True)
-        yield markdown(report).split("## How it was made")[0]
+        yield accuracies(report)
 
     button.click(
         evaluate,

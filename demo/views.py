@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from mmefficient.bench.timers import STAGES
 from mmefficient.console import kept_sentence
 from mmefficient.demo.service import Measured
+from mmefficient.evaluation.markdown import NOISE, difference, estimate
 
 COLOURS = {"preprocess": "#8c8c8c", "vision": "#56b4e9", "prefill": "#0072b2", "decode": "#e69f00"}
 
@@ -123,3 +125,19 @@ def scatter(found: Sequence[Measured]) -> str:
         f"<g {style}>{axes}</g>{''.join(dots)}</svg>"
         "<p>A dot is a plan (hover for its name); hollow: its answer differs from the one without a plan.</p>"
     )
+
+
+def accuracies(report: Mapping[str, Any]) -> str:
+    """An evaluation report as Markdown: accuracy per kind of question without and with the plan, and the difference."""
+    none, plan = report["plans"][0], report["plans"][-1]
+    lines = [
+        f"| kind | n | `{none['plan']}` | `{plan['plan']}` | difference |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, value in none["metrics"].items():
+        if name.endswith("/accuracy"):
+            cells = [estimate(value, None), estimate(plan["metrics"][name], None)]
+            paired = difference(plan["paired"][name], None) if plan is not none else ""
+            lines.append(f"| {name.removesuffix('/accuracy')} | {value['n']} | {' | '.join(cells)} | {paired} |")
+    note = f"In percent, with 95 % bootstrap intervals; {NOISE} marks a difference whose interval includes zero."
+    return "\n".join(lines) + f"\n\n{note}"
