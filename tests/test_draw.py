@@ -19,7 +19,7 @@ def report(lives: list[int], places: list[tuple[int, int, int, int]], layers: in
     until = torch.tensor(lives, dtype=torch.int32)
     kept = [int((until > layer).sum()) for layer in range(layers)]
     return Report(
-        "p", "apply", [RowReport(len(lives), kept)], 1, 1, 1, lives_until=(until,), places=(torch.tensor(places),)
+        "p", "apply", [RowReport(len(lives), kept)], 1, 1, lives_until=(until,), places=(torch.tensor(places),)
     )
 
 
@@ -52,7 +52,7 @@ def test_several_images_or_tiles_are_refused(other: tuple[int, int, int, int]) -
     with pytest.raises(InputError, match="row 0"):
         kept_tokens(Image.new("RGB", (9, 9)), [(report([4, 4], [(0, 0, 0, 0), other]), "")])
     nothing = Report(
-        "p", "apply", [RowReport(0, [0])], 1, 1, 0, lives_until=(torch.empty(0),), places=(torch.empty(0, 4),)
+        "p", "apply", [RowReport(0, [0])], 1, 1, lives_until=(torch.empty(0),), places=(torch.empty(0, 4),)
     )
     with pytest.raises(InputError, match="row 0"):
         kept_tokens(Image.new("RGB", (9, 9)), [(nothing, "")])
