@@ -59,9 +59,8 @@ class Collate:
             prompts.append(prompt + ending)
             lengths.append(len(tokenizer(ending, add_special_tokens=False).input_ids))
             pictures.append(Image.open(path).convert("RGB"))
-        batch = dict(
-            self.processor(images=pictures, text=prompts, padding=True, padding_side="left", return_tensors="pt")
-        )
+        options = {"padding": True, "padding_side": "left", "add_special_tokens": False}  # the template writes <s>
+        batch = dict(self.processor(images=pictures, text=prompts, return_tensors="pt", **options))
         most = max(lengths)
         ignored = torch.arange(most) < most - torch.tensor(lengths)[:, None]
         return batch | {"labels": batch["input_ids"][:, -most:].masked_fill(ignored, -100)}

@@ -39,6 +39,13 @@ def test_only_the_answer_and_its_end_are_learnt(data: Path) -> None:
     batch = easy_vqa.Collate(processor)([pairs[i] for i in range(len(pairs))])
     learnt = [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
     assert learnt == [f" {answer}</s>" for _, answer, _ in QUESTIONS]
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0][0]}]}]
+    prompt = processor.apply_chat_template(asked, add_generation_prompt=True)
+    alone = processor.tokenizer(
+        prompt.replace("<image>", "<image>" * 576) + " red</s>", add_special_tokens=False
+    ).input_ids
+    real = batch["attention_mask"][0].bool()
+    assert batch["input_ids"][0][real].tolist() == alone
     model = AutoModelForImageTextToText.from_pretrained(reference.path(), dtype=torch.float32)
     rows = []
     for index in range(len(pairs)):  # unpadded, through the model's own loss
