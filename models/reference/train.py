@@ -50,7 +50,7 @@ class Phase:
         return [0.3 * left, 0.5 * left, 0.05 + 0.15 * left]
 
 
-def optimizers(objective: Objective, decay: float = 0.05) -> list[torch.optim.Optimizer]:
+def optimizers(objective: nn.Module, decay: float = 0.05) -> list[torch.optim.Optimizer]:
     """Muon (arXiv 2502.16982, update scaled to AdamW's) for the matrices inside layers, AdamW for everything else."""
     matrices = [p for n, p in objective.named_parameters() if p.ndim == 2 and ".layers." in n]
     chosen = {id(p) for p in matrices}
