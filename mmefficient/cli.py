@@ -221,7 +221,7 @@ def demo(
         raise InputError("--auth is USER:PASSWORD.")
     from mmefficient.demo.app import serve
 
-    _quiet()
+    quiet()
     running = serve(
         tuple(model or ["reference"]),
         host=host,

@@ -224,6 +224,7 @@ class Prefill:
             chosen = None
         if selection.mix is not None:
             hidden = self._merge(reducer, hidden, tokens, selection, places, chosen, columns, parts.project)
+            self._carry(units, tokens, selection, columns[units.rows[:, None], index])
         keep = torch.zeros(batch * slots, dtype=torch.bool, device=hidden.device).index_fill_(0, places, True)
         keep = keep.view(batch, slots)
         role = self.state.tokens.role.gather(1, columns)
@@ -388,6 +389,24 @@ class Prefill:
         where = (places // slots) * length + columns.flatten()[places]
         self.state.tokens = self.state.tokens.replace(size=size.flatten().index_copy(0, where, sizes).view_as(size))
         return hidden.reshape(-1, width).index_copy(0, places, mixed).view(batch, slots, width)
+
+    def _carry(self, units: Units, tokens: VisualTokens, selection: Selection, column: torch.Tensor) -> None:
+        """Note which token carries on the features of those that were merged, at prompt positions `column` [U, N]."""
+        assert selection.mix is not None
+        share = selection.mix.float() * selection.valid[..., None]
+        itself = selection.valid[..., None] * (2 * share.amax() + 1)  # a token that stays carries on its own
+        share = share.scatter_add(2, selection.index[..., None], itself)
+        target = column.gather(1, selection.index.gather(1, share.argmax(1)))
+        target = torch.where(share.amax(1) > 0, target, column)
+        batch, length = self.state.tokens.role.shape
+        first = units.rows[:, None] * length
+        # what is in no unit goes behind the end, so that it overwrites nothing
+        where = torch.where(tokens.valid, first + column, batch * length)
+        whole = torch.arange(batch * length + 1, device=column.device)
+        whole = whole.scatter(0, where.flatten(), (first + target).flatten())[:-1].view(batch, length)
+        carried = self.state.tokens.carried_by
+        step = whole - torch.arange(batch, device=column.device)[:, None] * length
+        self.state.tokens = self.state.tokens.replace(carried_by=step.gather(1, carried))
 
     def _lines_alive(self, kept: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """bool [B, n]: whether a visual token in `kept` lies on the slot's line."""

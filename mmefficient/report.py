@@ -11,6 +11,9 @@ import torch
 from mmefficient.flops import layer_flops
 from mmefficient.tokens import Role, TokenMap
 
+PROVENANCE = ("lives_until", "places", "merged_into")
+"""Fields of a report that hold tensors per visual token."""
+
 
 @dataclass(frozen=True)
 class RowReport:
@@ -34,6 +37,8 @@ class Report:
         stages_ms: milliseconds per stage, filled in by whoever timed them.
         generated_tokens: filled in by whoever decoded them.
         lives_until: per row, int32 [N]: the first decoder layer that no longer holds each visual token, prompt order.
+        merged_into: per row, int64 [N]: index (prompt order) of the visual token that carries on each one's features;
+            its own if it was kept, or left without being merged.
         places: per row, int64 [N, 4]: image, view, grid row and column of each visual token (see `tokens.Layout`).
     """
 
@@ -47,6 +52,7 @@ class Report:
     generated_tokens: int | None = None
     lives_until: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
     places: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
+    merged_into: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def of(cls, plan: str, mode: str, tokens: TokenMap, layers: int, config: Any) -> Report:
@@ -67,9 +73,12 @@ class Report:
         lives = tuple(until[seen] for until, seen in zip(tokens.lives_until, tokens.visual, strict=True))
         where = torch.stack([tokens.image, tokens.view, tokens.row, tokens.col], -1)
         places = tuple(place[seen] for place, seen in zip(where, tokens.visual, strict=True))
+        ordinal = tokens.visual.long().cumsum(1) - 1
+        into = ordinal.gather(1, tokens.carried_by)
+        merged = tuple(target[seen] for target, seen in zip(into, tokens.visual, strict=True))
         if mode != "apply":
             computed, stored = full, layers * sum(lengths)
-        return cls(plan, mode, rows, computed, full, stored, lives_until=lives, places=places)
+        return cls(plan, mode, rows, computed, full, stored, lives_until=lives, places=places, merged_into=merged)
 
     def kept(self, row: int, layer: int) -> torch.Tensor:
         """int64 indices, ascending, into the visual tokens of `row` (prompt order) that decoder layer `layer` held."""
@@ -78,4 +87,4 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         plain: Mapping[str, Any] = asdict(self)
-        return {name: value for name, value in plain.items() if name not in ("lives_until", "places")}
+        return {name: value for name, value in plain.items() if name not in PROVENANCE}

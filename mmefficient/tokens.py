@@ -68,6 +68,8 @@ class TokenMap:
         position: rotary position ids, int64 [P, B, S]; P is 1, or 3 (time, height, width) for M-RoPE.
         size: how many original tokens a visual token stands for, float32.
         lives_until: index of the first decoder layer that no longer holds the token, int32.
+        carried_by: position in the prompt of the token that carries on this one's features, were it merged into
+            another; else its own position. int64.
     """
 
     role: torch.Tensor
@@ -81,6 +83,7 @@ class TokenMap:
     position: torch.Tensor
     size: torch.Tensor
     lives_until: torch.Tensor
+    carried_by: torch.Tensor
 
     def to(self, device: torch.device) -> TokenMap:
         """The same map on `device`."""
@@ -205,5 +208,6 @@ def build(
         position=position,
         size=torch.ones(batch, length),
         lives_until=torch.full((batch, length), layers, dtype=torch.int32),
+        carried_by=torch.arange(length).repeat(batch, 1),
         **columns,
     )

@@ -257,6 +257,7 @@ def _row_of(report: Report, row: int, generated_tokens: int) -> Report:
         report,
         rows=[report.rows[row]],
         lives_until=(report.lives_until[row],),
+        merged_into=(report.merged_into[row],),
         places=(report.places[row],),
         generated_tokens=generated_tokens,
     )

@@ -156,6 +156,25 @@ def kernels(
     raise typer.Exit(0 if run(out, only, tune, graph, seconds) else 1)
 
 
+@app.command()
+def selection(
+    plan: Plans = None,
+    device: Device = "auto",
+    repeats: Repeats = 20,
+    out: Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")] = None,
+) -> None:
+    """What choosing tokens costs: the greedy kernel beside plain loops, and whole decisions of methods."""
+    import json
+
+    from mmefficient.bench.selection import PLANS, run, table
+
+    result = run(plan or PLANS, device=device, repeats=repeats)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
 def _target(model: str, device: str, dtype: str, *, small: bool = False) -> Any:
     from mmefficient.bench.result import Target
     from mmefficient.cli import quiet
