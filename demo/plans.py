@@ -85,7 +85,7 @@ def _field(field: dataclasses.Field[Any], kind: type[Any]) -> gr.components.Comp
     hint = typing.get_type_hints(kind)[field.name]
     required = field.default is dataclasses.MISSING
     told = {"label": field.name, "info": field.metadata.get("help", ""), "interactive": True}
-    value = None if required else field.default
+    value: Any = None if required else field.default
     if typing.get_origin(hint) is Literal:
         return gr.Dropdown(list(typing.get_args(hint)), value=value, **told)
     if hint is bool:
