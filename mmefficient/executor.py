@@ -131,8 +131,8 @@ class Executor:
             plan = LayerPlan.of(self.layered, index, self.adapter)
             if plan is not None and self.modulated.get(index):
                 raise PlanError(
-                    f"{self.modulated[index][0]} changes attention in layer {index}, in which visual rows do less under "
-                    f"{self.run.plan}; give them different layers."
+                    f"{self.modulated[index][0]} changes attention in layer {index}, in which {self.run.plan} has "
+                    "visual rows do less; give them different layers."
                 )
             if plan is not None:
                 check_layer(layer, plan, self.adapter, self.flash)
