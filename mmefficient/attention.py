@@ -65,8 +65,7 @@ class Scoring:
             call.query, call.key, call.scale = query, key, scale
             return query.transpose(1, 2), None  # of the right shape, and thrown away
         if call is not None and not isinstance(call, Aside):
-            for asker, rows, used in call.asking(module.layer_idx):
-                call.set_scores(asker, row_scores(query, key, attention_mask, rows, used, scale))
+            score(call, module, query, key, attention_mask, scale)
         if self.implementation == "eager":
             function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
         else:
@@ -83,6 +82,14 @@ class Scoring:
             return function(seen, query, key, value, attention_mask, **kwargs)[0]
 
         return attend(module.layer_idx, query, key, value, attention_mask, call, scale, stock), None
+
+
+def score(
+    call: Any, module: Any, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> None:
+    """Hand over the scores that methods want from the layer of `module`; tensors as in `row_scores`."""
+    for asker, rows, used in call.asking(module.layer_idx):
+        call.set_scores(asker, row_scores(query, key, mask, rows, used, scale))
 
 
 def row_scores(

@@ -22,9 +22,10 @@ from mmefficient.call import Call
 from mmefficient.errors import InputError, ModelError, PlanError
 from mmefficient.masks import decode_mask, prefill_mask
 from mmefficient.modulation import Modulation, by_layer
-from mmefficient.points import Method, Reducer, Scope
+from mmefficient.points import LayerMethod, Method, Reducer, Scope
 from mmefficient.profiles import Checkpoint
 from mmefficient.reduction import HostFacts, Parts, Prefill, PromptState, Rope
+from mmefficient.rows import LayerPlan, RowLayer, check_layer
 from mmefficient.run import Run
 from mmefficient.tokens import build
 from mmefficient.vision import Vision, Watcher
@@ -54,6 +55,7 @@ class Executor:
         self.modulated = by_layer([each for each in stages if isinstance(each, Modulation)], len(adapter.layers))
         blinding = [layer for layer, each in self.modulated.items() if any("blind" in m.needs for m in each)]
         self.blind_until = max(blinding, default=-1)
+        self.layered = [each for each in stages if isinstance(each, LayerMethod)]
         self.watcher = Watcher(adapter, stages)
         self.configs = self._text_configs()
         self.implementation: str = adapter.decoder.config._attn_implementation
@@ -69,6 +71,9 @@ class Executor:
         self.scopes: set[Scope] = {r.scope for r in self.reducers} | whole
         if self.methods:
             self._check()
+        self.planned = self._planned()
+        if self.planned:  # they ask how many visual tokens are left
+            self.scopes.add("prompt")
 
     def _text_configs(self) -> list[Any]:
         found = [self.adapter.decoder.config, self.adapter.config.get_text_config(decoder=True)]
@@ -105,6 +110,35 @@ class Executor:
                 "tensor-parallel ranks see their own heads alone and would decide differently; use one device."
             )
 
+    def _planned(self) -> dict[int, LayerPlan]:
+        """What patterns and row policies come to, by layer."""
+        found: dict[int, LayerPlan] = {}
+        if not self.layered:
+            return found
+        for method in self.layered:
+            if method.last >= len(self.adapter.layers):
+                last = len(self.adapter.layers) - 1
+                raise PlanError(f"{method}: layer {method.last} is out of range; the model has layers 0 to {last}.")
+        if any(reducer.weighted for reducer in self.reducers):
+            raise PlanError(f"{self.layered[0]} does not know keys that count by size; leave one of the two out.")
+        if (getattr(self.model, "tp_size", None) or 1) > 1:
+            raise ModelError("tensor-parallel layers cannot be run apart for visual rows; use one device.")
+        if self.flash and self.run.mode == "simulate":
+            raise ModelError(
+                "hiding pairs needs an explicit mask; load with attn_implementation='sdpa' or use 'apply'."
+            )
+        for index, layer in enumerate(self.adapter.layers):
+            plan = LayerPlan.of(self.layered, index, self.adapter)
+            if plan is not None and self.modulated.get(index):
+                raise PlanError(
+                    f"{self.modulated[index][0]} changes attention in layer {index}, in which {self.run.plan} has "
+                    "visual rows do less; give them different layers."
+                )
+            if plan is not None:
+                check_layer(layer, plan, self.adapter, self.flash)
+                found[index] = plan
+        return found
+
     def attach(self) -> list[Callable[[], Any]]:
         """Put the plan on the model; returns the functions that take it off, to be called in reverse."""
         adapter = self.adapter
@@ -120,6 +154,13 @@ class Executor:
         # every layer, also with no methods: a cache may hold a prompt that another plan has read
         handles += [layer.register_forward_pre_hook(self.on_layer, with_kwargs=True) for layer in adapter.layers]
         undo += [handle.remove for handle in handles]
+        for index, plan in self.planned.items():
+            layer = adapter.layers[index]
+            name = "_old_forward" if "_old_forward" in layer.__dict__ else "forward"  # inside accelerate's moves
+            stock = layer.__dict__.get(name)
+            restore = partial(layer.__dict__.pop, name) if stock is None else partial(setattr, layer, name, stock)
+            undo.append(restore)
+            layer.__dict__[name] = RowLayer(layer, plan, self.run.mode == "simulate", getattr(layer, name))
         if self.attending:
             name = scoring(self.implementation)
             for config in self.configs:
@@ -250,7 +291,8 @@ class Executor:
             rows = [row[asks].tolist() for row, asks in zip(call.ids, at, strict=True)]
             call.words = [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
         facts = HostFacts.of(tokens, self.scopes, call.drafts, embeds.device)
-        state = call.state = PromptState(self.run.plan, self.run.mode, tokens.to(embeds.device))
+        works = {index: plan.work for index, plan in self.planned.items()}
+        state = call.state = PromptState(self.run.plan, self.run.mode, tokens.to(embeds.device), works=works)
         cache = kwargs.get("past_key_values")
         if cache is not None:
             setattr(cache, STATE, state)
@@ -285,6 +327,7 @@ class Executor:
             if reducer.site == index and prefill.has_visual:
                 self.run.acted = True
                 hidden = prefill.reduce(reducer, index, hidden, parts)
+        self.run.acted |= index in self.planned and prefill.has_visual
         segment, prefill.hidden = prefill.segment, hidden
         if cache is not None:
             fit_layer(cache, index, 0 if segment is None else segment.length - segment.slots)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmefficient.points import VisualWork
+
 
 def layer_flops(config: Any, rows: int) -> int:
     """FLOPs of one decoder layer over `rows` tokens of one prompt, 2 per multiply-accumulate.
@@ -19,9 +21,14 @@ def layer_flops(config: Any, rows: int) -> int:
 def token_flops(config: Any) -> int:
     """FLOPs of one token in the matrices of one decoder layer."""
     width, heads = config.hidden_size, config.num_attention_heads
+    return 2 * (width * head_size(config) * (2 * heads + 2 * key_heads(config)) + 3 * width * ffn_width(config))
+
+
+def ffn_width(config: Any) -> int:
+    """Inner width of the FFN that one token passes through."""
     experts = getattr(config, "num_experts_per_tok", None) or 1
-    inner = (getattr(config, "moe_intermediate_size", None) or config.intermediate_size) * experts
-    return 2 * (width * head_size(config) * (2 * heads + 2 * key_heads(config)) + 3 * width * inner)
+    inner: int = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    return inner * experts
 
 
 def pair_flops(config: Any) -> int:
@@ -42,3 +49,16 @@ def head_size(config: Any) -> int:
 def kv_bytes(config: Any, tokens: int, itemsize: int) -> int:
     """Bytes of keys and values; `tokens` is summed over layers and rows, `itemsize` the bytes of one number."""
     return 2 * tokens * key_heads(config) * head_size(config) * itemsize
+
+
+def visual_savings(config: Any, rows: int, visual: int, work: VisualWork) -> int:
+    """FLOPs that `layer_flops` counts and a layer that does `work` for `visual` of its `rows` tokens does not compute.
+
+    Rows that ask nothing save their query projection and their line of the attention square; without an update by
+    attention, the output projection too. Patterns that leave queries to visual rows count as the full square.
+    """
+    width, heads = config.hidden_size, config.num_attention_heads * head_size(config)
+    saved = 2 * 3 * width * round(ffn_width(config) * (1 - work.ffn)) - 2 * work.extra
+    if work.attention != "full":
+        saved += 2 * width * heads * (2 if work.attention == "nothing" else 1) + rows * pair_flops(config)
+    return visual * saved

@@ -15,7 +15,7 @@ from mmefficient.errors import ModelError, PlanError, SilentPlanError, UnknownMe
 from mmefficient.executor import Executor
 from mmefficient.methods import method, suggest
 from mmefficient.models import adapter_for
-from mmefficient.points import Method, Reducer
+from mmefficient.points import Method, Reducer, RowPolicy
 from mmefficient.run import Run
 
 Mode = Literal["apply", "simulate"]
@@ -164,6 +164,8 @@ def _compose(methods: tuple[Method, ...]) -> None:
     for each in methods:
         if not isinstance(each, Method):
             raise PlanError(f"{each!r} is not a method; give method instances or text.")
+    if len(anew := [each for each in methods if isinstance(each, RowPolicy) and each.sources]) > 1:
+        raise PlanError(f"{anew[0]} and {anew[1]} both say where visual rows come from; use one of them.")
     reducers = [each for each in methods if isinstance(each, Reducer)]
     for each in reducers:
         if each.position_policy == "compact" and each.site > 0:

@@ -15,12 +15,22 @@ from mmefficient.masks import Segment
 from mmefficient.matchers import EMBEDDINGS, load
 from mmefficient.modulation import answering
 from mmefficient.packing import Units
-from mmefficient.points import MatchTokens, OwnHeads, QuestionTokens, Reducer, Scope, Selection, VisualTokens
+from mmefficient.points import (
+    MatchTokens,
+    OwnHeads,
+    QuestionTokens,
+    Reducer,
+    Scope,
+    Selection,
+    VisualTokens,
+    VisualWork,
+)
 from mmefficient.tokens import Role, TokenMap
 from mmefficient.vision import Tower
 
 if TYPE_CHECKING:
     from mmefficient.blind import Blind
+    from mmefficient.rows import Slots
     from mmefficient.steering import Part
 
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -58,6 +68,7 @@ class PromptState:
         weighted: keys count by size; `steered` has the bias.
         shift: int64 [B, 1], how far the position ids of later tokens move down; None = not at all.
         steered: by decoder layer, what modulations do to later rows.
+        works: by decoder layer, what it computes for visual rows; layers that compute everything are absent.
     """
 
     plan: str
@@ -67,6 +78,7 @@ class PromptState:
     shift: torch.Tensor | None = None
     steered: dict[int, tuple[Part, ...]] = field(default_factory=dict)
     weighted: bool = False
+    works: Mapping[int, VisualWork] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -134,6 +146,7 @@ class Prefill:
         key_bias: float32 [B, n] or None, added to the logits of every key from this layer on.
         blind: the prompt without its visual tokens, if a method asked for it.
         behind: slots from the earliest last prompt token to the end.
+        slots: where text and visual rows are in the segment; None = nobody asked.
     """
 
     def __init__(self, state: PromptState, facts: HostFacts, tower: Tower | None, simulate: bool) -> None:
@@ -144,6 +157,7 @@ class Prefill:
         self.position: torch.Tensor | None = None
         self.scores: dict[Asker, torch.Tensor] = {}
         self.asking = Asking(facts.question)
+        self.slots: Slots | None = None
         self._whole: Segment | None = None
         self.last, self.behind = facts.last, facts.behind
         self.hidden: torch.Tensor | None = None

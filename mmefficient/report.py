@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from mmefficient.flops import layer_flops
+from mmefficient.flops import layer_flops, visual_savings
+from mmefficient.points import VisualWork
 from mmefficient.tokens import Role, TokenMap
 
 PROVENANCE = ("lives_until", "places", "merged_into")
@@ -55,12 +56,20 @@ class Report:
     merged_into: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
-    def of(cls, plan: str, mode: str, tokens: TokenMap, layers: int, config: Any) -> Report:
+    def of(
+        cls,
+        plan: str,
+        mode: str,
+        tokens: TokenMap,
+        layers: int,
+        config: Any,
+        works: Mapping[int, VisualWork] | None = None,
+    ) -> Report:
         """Report on a prompt.
 
         Args:
             tokens: the map after the prefill.
-            layers: decoder layers; config: of the text model.
+            layers: decoder layers; config: of the text model; works: by layer, what it computes for visual rows.
         """
         tokens = tokens.to(torch.device("cpu"))
         held = torch.stack([tokens.alive(layer) for layer in range(layers)])  # [layers, B, S]
@@ -69,6 +78,9 @@ class Report:
         lengths = (tokens.role != Role.PAD).sum(1).tolist()
         full = sum(layers * layer_flops(config, count) for count in lengths)
         computed = sum(layer_flops(config, count) for count in held.sum(-1).flatten().tolist())
+        for layer, work in (works or {}).items():
+            for total, seen in zip(held[layer].sum(-1).tolist(), (row[layer] for row in visual), strict=True):
+                computed -= visual_savings(config, total, seen, work)
         stored = int(held.sum())
         lives = tuple(until[seen] for until, seen in zip(tokens.lives_until, tokens.visual, strict=True))
         where = torch.stack([tokens.image, tokens.view, tokens.row, tokens.col], -1)

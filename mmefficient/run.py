@@ -42,4 +42,4 @@ class Run:
         if not prompts:
             raise PlanError("there is nothing to report yet; call model.generate or the model inside the plan first.")
         state = prompts.get(threading.get_ident(), next(reversed(prompts.values())))
-        return Report.of(state.plan, state.mode, state.tokens, self.layers, self.config)
+        return Report.of(state.plan, state.mode, state.tokens, self.layers, self.config, state.works)

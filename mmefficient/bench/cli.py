@@ -115,6 +115,32 @@ def scaling(
 
 
 @app.command()
+def rows(
+    plan: Plans = None,
+    images: Annotated[
+        list[int] | None, typer.Option(help="Pictures of 576 tokens per prompt; repeat for more. 1, 5, 14, 57.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
+    repeats: Repeats = 5,
+    out: Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")] = None,
+) -> None:
+    """Prefill of a 7B geometry when visual rows do less, beside the stock model; needs a CUDA GPU."""
+    import json
+
+    import torch
+
+    from mmefficient.bench import visual_rows as bench
+
+    if not torch.cuda.is_available():
+        raise InputError("the table of visual rows needs a CUDA GPU; none is visible.")
+    result = bench.run(plan or ["composite", "saisa"], images or [1, 5, 14, 57], repeats=repeats, batch=batch)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    typer.echo(bench.table(result))
+
+
+@app.command()
 def load(
     model: Model = "reference",
     plan: Plans = None,

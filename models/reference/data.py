@@ -42,27 +42,33 @@ class Layout:
     """Positions of the prefix and the slots in a training sequence of ``length`` tokens."""
 
     prefix: int
+    slots: tuple[int, ...] = SLOTS
 
     @cached_property
     def starts(self) -> list[int]:
-        return [self.prefix + sum(SLOTS[:i]) for i in range(len(SLOTS))]
+        return [self.prefix + sum(self.slots[:i]) for i in range(len(self.slots))]
 
     @cached_property
     def length(self) -> int:
-        return -(-(self.prefix + sum(SLOTS)) // 128) * 128
+        return -(-(self.prefix + sum(self.slots)) // 128) * 128
 
     @cached_property
     def slot(self) -> torch.Tensor:
         """Slot number per position, int32 [length]; 0 for the prefix, slots count from 1, the tail is one more slot."""
-        sizes = torch.tensor([self.prefix, *SLOTS, self.length - self.prefix - sum(SLOTS)])
+        sizes = torch.tensor([self.prefix, *self.slots, self.length - self.prefix - sum(self.slots)])
         return torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), sizes)
 
     @cached_property
     def positions(self) -> torch.Tensor:
         """Position ids, int64 [length]: every slot continues the prefix."""
-        first = torch.tensor([0, *self.starts, self.starts[-1] + SLOTS[-1]])
+        first = torch.tensor([0, *self.starts, self.starts[-1] + self.slots[-1]])
         offset = torch.arange(self.length) - first[self.slot.long()]
         return torch.where(self.slot > 0, offset + self.prefix, offset)
+
+    def visible(self) -> torch.Tensor:
+        """bool [length, length]: whether a query position sees a key position."""
+        index = torch.arange(self.length)
+        return visible(index[:, None], index[None], self.slot)
 
 
 def visible(q: torch.Tensor, k: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
@@ -77,12 +83,18 @@ def prefix_ids(processor: LlavaProcessor) -> list[int]:
 
 
 class Batches(Dataset[dict[str, torch.Tensor]]):
-    """``self[step]`` is the batch of that step: a function of the seed and the step, whichever worker makes it."""
+    """``self[step]`` is the batch of that step: a function of the seed and the step, whichever worker makes it.
 
-    def __init__(self, processor: LlavaProcessor, batch_size: int, seed: int, *, text: bool = True) -> None:
+    With ``single``, a picture gets one question instead of one per slot.
+    """
+
+    def __init__(
+        self, processor: LlavaProcessor, batch_size: int, seed: int, *, text: bool = True, single: bool = False
+    ) -> None:
         self.tokenizer = processor.tokenizer
         self.prefix = prefix_ids(processor)
-        self.layout = Layout(len(self.prefix))
+        self.layout = Layout(len(self.prefix), (CAPTION,) if single else SLOTS)
+        self.single = single
         self.batch_size, self.seed, self.text = batch_size, seed, text
         self.names = {}
         for index, cls in enumerate(OBJECTS):
@@ -107,6 +119,8 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
     def _conversations(self, scene: Scene, dice: Dice) -> list[list[tuple[str, tuple[str, str]]]]:
         """One list of (kind, (question, answer)) turns per slot."""
         turns = [[kind] for kind in RECIPE] + [[dice.pick(MIXED), dice.pick(MIXED)] for _ in range(2)] + [["caption"]]
+        if self.single:
+            turns = [[dice.pick((*RECIPE, "caption"))]]
         out = []
         for kinds in turns:
             asked = [(kind, training_question(kind, scene, dice)) for kind in kinds]
@@ -142,7 +156,7 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
             ids = [*question, *answer, tokenizer.eos_token_id]
             a, p, t = used[row]
             count = len(answer) + 1
-            if begin + len(ids) > SLOTS[slot] or a + count > MAX_ANSWER:
+            if begin + len(ids) > layout.slots[slot] or a + count > MAX_ANSWER:
                 continue
             start = layout.starts[slot] + begin
             tokens[row, start : start + len(ids)] = ids

@@ -181,10 +181,34 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes that make batches.")] = max(0, (os.cpu_count() or 1) - 2),
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda" if torch.cuda.is_available() else "cpu",
     compile_model: Annotated[bool, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = True,
+    plan: Annotated[
+        str | None, typer.Option(help="Train a small delta of the shipped model under this plan instead.")
+    ] = None,
+    single: Annotated[bool, typer.Option("--single", help="With --plan: one question per picture.")] = False,
 ) -> None:
-    """Train the reference model from scratch, or go on from DIR/state.pt."""
+    """Train the reference model from scratch, or go on from DIR/state.pt; or, with --plan, adapt the shipped one."""
     deadline = time.monotonic() + 60 * minutes
     torch.set_float32_matmul_precision("high")
+    if plan is not None:
+        from mmefficient.plan import Plan
+
+        from . import finetune
+
+        finetune.run(
+            Plan(plan),
+            out,
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            decay=decay,
+            minutes=minutes,
+            seed=seed,
+            workers=workers,
+            device=device,
+            compile_model=compile_model,
+            single=single,
+        )
+        return
     run = Run(out, seed, batch_size, torch.device(device), compile_model)
     if (out / "state.pt").exists():
         run.load()

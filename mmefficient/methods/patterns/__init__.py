@@ -1,0 +1,1 @@
+"""Which query-key pairs exist while a prompt is read."""

@@ -1,0 +1,350 @@
+"""Runs a decoder layer in which visual rows do less than others, or see other pairs, on the layer's own sub-modules.
+
+Nothing is masked that need not be computed: where visual rows ask nothing, the query projection, the attention and, if
+the method says so, the output projection and the FFN run on the text rows alone. Rows stay in prompt order, so keys and
+values go into the cache as ever.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmefficient.attention import KEY, score
+from mmefficient.errors import ModelError, PlanError
+from mmefficient.kernels.grouped_attention import Layout, grouped_attention
+from mmefficient.kernels.grouped_attention.pattern import IMAGE, SOLO, causal
+from mmefficient.kernels.grouped_attention.pattern import Pattern as Pairs
+from mmefficient.kernels.grouped_attention.tokens import layout_of
+from mmefficient.points import EVERYTHING, LayerMethod, Pattern, RowPolicy, VisualWork
+from mmefficient.reduction import Prefill, Rope
+from mmefficient.steering import held
+from mmefficient.tokens import Role
+
+if TYPE_CHECKING:
+    from mmefficient.models.base import Adapter
+
+FEW_KEYS = 8192
+"""With fewer keys than this, one dense mask for the text rows costs less than launching blocks."""
+
+LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+HEAD_NORMS = {"q_norm", "k_norm"}
+FFN_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_CHECKED: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a plan's patterns and row policies come to in one layer.
+
+    Attributes:
+        pairs: which pairs exist; None = causal.
+        source: makes the visual rows from the projector's input; None = they come from the layer before.
+    """
+
+    work: VisualWork
+    pairs: Pairs | None
+    source: nn.Module | None
+
+    @classmethod
+    def of(cls, methods: Sequence[LayerMethod], layer: int, adapter: Adapter) -> LayerPlan | None:
+        """Compose the methods that act in `layer`; None = none does."""
+        acting = [method for method in methods if method.acts(layer)]
+        if not acting:
+            return None
+        work, pairs, source = EVERYTHING, None, None
+        for method in acting:
+            if isinstance(method, Pattern):
+                try:
+                    pairs = method.pairs() if pairs is None else pairs & method.pairs()
+                except ValueError as error:
+                    raise PlanError(f"{method} in layer {layer}: {error}") from error
+            elif isinstance(method, RowPolicy):
+                work &= method.work(layer)
+                if method.sources:
+                    source = method.source(layer, adapter.base, adapter.tower_parts()[0])
+        if pairs is not None and (rule := pairs.rules()[IMAGE]) & SOLO:  # such rows need no query
+            work &= VisualWork("self" if rule & 0xFF else "nothing")
+        if source is not None:
+            matrices = sum(p.numel() for p in source.parameters() if p.ndim == 2)
+            work = replace(work, extra=work.extra + matrices)
+        return cls(work, pairs, source)
+
+
+class Slots:
+    """Where text and visual rows are among the n slots of a prompt's segment; made once for all layers that hold it.
+
+    Attributes:
+        visual: bool [B, n].
+        own: int64 [B, t], the slot of each text row, packed to the right; -1 = filled up.
+        text, real: int64, flat numbers of those slots with and without what fills up; image: of the visual slots.
+        source: int64, the tower patch of each visual slot; -1 = not one patch.
+    """
+
+    def __init__(self, prefill: Prefill, slots: int, device: torch.device) -> None:
+        self.segment = prefill.segment
+        self.tokens = held(prefill).to(device)
+        role = self.tokens.role
+        self.visual = role == Role.IMAGE
+        host = role.cpu()  # the one wait for the device
+        is_text = (host != Role.PAD) & (host != Role.IMAGE)
+        most = int(is_text.sum(1).max())
+        order = is_text.to(torch.uint8).argsort(dim=1, stable=True)[:, slots - most :]
+        filled = ~is_text.gather(1, order)
+        flat = order + slots * torch.arange(len(order))[:, None]
+        self.ragged = bool(filled.any())
+        self.own = order.masked_fill(filled, -1).to(role.device)
+        self.text = flat.flatten().to(role.device)
+        self.real = flat[~filled].to(role.device) if self.ragged else self.text
+        self.filled = filled.to(role.device)
+        self.image = (host == Role.IMAGE).flatten().nonzero()[:, 0].to(role.device)
+        self.source = self.tokens.source.flatten()[self.image]
+        self._layouts: dict[tuple[Pairs | None, bool], Layout] = {}
+        self._dense: dict[Pairs | None, torch.Tensor] = {}
+        self._rope: tuple[Rope, Rope] | None = None
+
+    def text_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, n, D] -> [B, t, D]."""
+        return x.flatten(0, 1).index_select(0, self.text).view(*self.own.shape, -1)
+
+    def add_text(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """x [B, n, D] plus `rows` [B, t, D] at the text slots."""
+        return x.flatten(0, 1).index_add(0, self.real, self._unfilled(rows)).view_as(x)
+
+    def put_text(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """x [B, n, D] with `rows` [B, t, D] at the text slots."""
+        return x.flatten(0, 1).index_copy(0, self.real, self._unfilled(rows)).view_as(x)
+
+    def _unfilled(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[~self.filled] if self.ragged else rows.flatten(0, 1)
+
+    def text_rope(self, rope: Rope) -> Rope:
+        """Cosine and sine of the text rows, [B, t, d] each, out of all rows' [B or 1, n, d]."""
+        if self._rope is None or self._rope[0] is not rope:
+            cos, sin = (self.text_rows(table.expand(len(self.own), -1, -1)) for table in rope)
+            self._rope = rope, (cos, sin)
+        return self._rope[1]
+
+    def layout(self, pairs: Pairs | None, text_only: bool, query: torch.Tensor) -> Layout:
+        """Pairs of the text rows or of all rows with all keys, for `grouped_attention`."""
+        if (pairs, text_only) not in self._layouts:
+            self._layouts[pairs, text_only] = layout_of(
+                self.tokens,
+                pairs or causal(),
+                queries=self.own if text_only else None,
+                group=None,
+                groups=1,
+                head_dim=query.shape[-1],
+                dtype=query.dtype,
+            )
+        return self._layouts[pairs, text_only]
+
+    def dense(self, pairs: Pairs | None, text_only: bool = True) -> torch.Tensor:
+        """The same as a mask, bool [B, 1, t or n, n]; rows that would see nothing see everything."""
+        if pairs not in self._dense:
+            queries = self.own if text_only else None
+            layout = layout_of(self.tokens, pairs or causal(), queries=queries, group=None, groups=1, impl="reference")
+            seen = layout.visible()
+            self._dense[pairs] = seen | ~seen.any(-1, keepdim=True)
+        return self._dense[pairs]
+
+
+class RowLayer:
+    """Stands in for the `forward` of one decoder layer while a prompt with visual tokens is read."""
+
+    def __init__(self, layer: Any, plan: LayerPlan, simulate: bool, stock: Callable[..., Any]) -> None:
+        self.layer, self.plan, self.simulate = layer, plan, simulate
+        self.__wrapped__ = stock
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        call = kwargs.get(KEY)
+        prefill: Prefill | None = None if call is None else call.prefill
+        if prefill is None or not prefill.has_visual:
+            return self.__wrapped__(hidden_states, *args, **kwargs)
+        hidden = hidden_states
+        slots = prefill.slots
+        if slots is None or slots.segment is not prefill.segment or slots.visual.device != hidden.device:
+            slots = prefill.slots = Slots(prefill, hidden.shape[1], hidden.device)
+        if self.plan.source is not None:
+            assert prefill.tower is not None
+            assert prefill.tower.features is not None
+            patches = prefill.tower.features[slots.source.to(prefill.tower.features.device)]
+            rows = self.plan.source(patches.to(hidden)).to(hidden)
+            hidden = hidden.flatten(0, 1).index_copy(0, slots.image, rows).view_as(hidden)
+        normed = self.layer.input_layernorm(hidden)
+        if self.simulate:
+            return self._hide(hidden, normed, slots, kwargs)
+        work = self.plan.work
+        if work.attention == "full" and self.plan.pairs is None:
+            hidden = hidden + self.layer.self_attn(hidden_states=normed, **kwargs)[0]
+            return self._ffn(hidden, slots)
+        attended = self._attend(normed, slots, call, kwargs)
+        project = self.layer.self_attn.o_proj
+        if work.attention != "nothing":
+            return self._ffn(hidden + project(attended), slots)
+        if work.ffn:
+            return self._ffn(slots.add_text(hidden, project(attended)), slots)
+        text = slots.text_rows(hidden) + project(attended)
+        return slots.put_text(hidden, text + self.mlp(text))
+
+    def _attend(self, normed: torch.Tensor, slots: Slots, call: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Heads' outputs side by side: [B, n, H * d], or [B, t, H * d] of the text rows if visual rows get nothing."""
+        attention, rope = self.layer.self_attn, kwargs["position_embeddings"]
+        packed = self.plan.work.attention != "full"
+        scored = any(True for _ in call.asking(attention.layer_idx))
+        key, value = self.heads("k", normed), self.heads("v", normed)
+        rotate = _rotation(self.layer)
+        if scored or not packed:  # whoever scores chooses among all rows
+            query, key = rotate(self.heads("q", normed), key, *rope)
+            if scored:
+                mask = kwargs.get("attention_mask")
+                score(
+                    call, attention, query, key, None if mask is None else mask[..., : key.shape[2]], attention.scaling
+                )
+            if packed:
+                chosen = slots.text_rows(query.transpose(1, 2).flatten(2))
+                query = chosen.unflatten(2, (-1, key.shape[3])).transpose(1, 2)
+        else:
+            query = self.heads("q", slots.text_rows(normed))
+            query = rotate(query, query[:, :0], *slots.text_rope(rope))[0]
+            key = rotate(key[:, :0], key, *rope)[1]
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            cache.update(key, value, attention.layer_idx)  # empty before: what it returns may be longer, never more
+        seen = attend(query, key, value, slots, self.plan.pairs, packed, attention.scaling)
+        out = seen.transpose(1, 2).flatten(2)
+        if self.plan.work.attention != "self":
+            return out
+        repeated = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).flatten(2)
+        return slots.put_text(repeated, out)
+
+    def heads(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """x [B, n, D] -> queries, keys or values [B, heads, n, d], normed per head where the family does."""
+        attention = self.layer.self_attn
+        heads = getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, attention.head_dim))
+        norm = getattr(attention, f"{name}_norm", None)
+        return (heads if norm is None else norm(heads)).transpose(1, 2)
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer.mlp(self.layer.post_attention_layernorm(x))
+
+    def _ffn(self, hidden: torch.Tensor, slots: Slots) -> torch.Tensor:
+        """The second half of the layer."""
+        share = self.plan.work.ffn
+        if share == 1:
+            return hidden + self.mlp(hidden)
+        text = slots.text_rows(hidden)
+        out = slots.add_text(hidden, self.mlp(text))
+        if not share:
+            return out
+        rows = hidden.flatten(0, 1).index_select(0, slots.image)
+        rows = thin(self.layer.mlp, self.layer.post_attention_layernorm(rows), share)
+        return out.flatten(0, 1).index_add(0, slots.image, rows).view_as(out)
+
+    def _hide(self, hidden: torch.Tensor, normed: torch.Tensor, slots: Slots, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The same result by computing every row and masking: for accuracy studies and as a check."""
+        work, stock = self.plan.work, kwargs.get("attention_mask")
+        pairs, visual = self.plan.pairs, slots.visual[..., None]
+        seen = slots.dense(pairs, text_only=False)
+        if work.attention != "full":
+            itself = torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
+            seen = torch.where(visual[:, None], itself, seen)
+        if stock is not None and stock.shape[-1] > seen.shape[-1]:  # a static cache offers unwritten rows
+            seen = F.pad(seen, (0, stock.shape[-1] - seen.shape[-1]))
+        mask = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
+        update = self.layer.self_attn(hidden_states=normed, **{**kwargs, "attention_mask": mask})[0]
+        if work.attention == "nothing":
+            update = update.masked_fill(visual, 0.0)
+        hidden = hidden + update
+        update = self.mlp(hidden)
+        if work.ffn < 1:
+            rows = self.layer.post_attention_layernorm(hidden)
+            less = thin(self.layer.mlp, rows, work.ffn) if work.ffn else torch.zeros_like(update)
+            update = torch.where(visual, less, update)
+        return hidden + update
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: Slots,
+    pairs: Pairs | None,
+    packed: bool,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of the text rows (`packed`) or of all rows: [B, H, t or n, d]."""
+    if packed and key.shape[2] < FEW_KEYS and key.shape[1] == query.shape[1]:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=slots.dense(pairs), scale=scale)
+    out = grouped_attention(query, key, value, slots.layout(pairs, packed, query), scale=scale)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def thin(mlp: Any, x: torch.Tensor, share: float) -> torch.Tensor:
+    """A gated FFN of which only the first `share` of the inner width is computed."""
+    width = max(1, round(share * mlp.gate_proj.out_features))
+
+    def part(linear: nn.Linear) -> torch.Tensor:
+        return F.linear(x, linear.weight[:width], None if linear.bias is None else linear.bias[:width])
+
+    return F.linear(
+        mlp.act_fn(part(mlp.gate_proj)) * part(mlp.up_proj), mlp.down_proj.weight[:, :width], mlp.down_proj.bias
+    )
+
+
+def check_layer(layer: Any, plan: LayerPlan, adapter: Adapter, flash: bool) -> None:
+    """Refuse layers that compute something other than `RowLayer` would.
+
+    Raises:
+        ModelError: names what is missing or what differs.
+    """
+    name = type(layer).__name__
+    parts, projections = ({part for part, _ in m.named_children()} for m in (layer, layer.self_attn))
+    if parts != LAYER_PARTS or not PROJECTIONS <= projections <= PROJECTIONS | HEAD_NORMS:
+        found = ", ".join(sorted(parts ^ LAYER_PARTS | projections ^ PROJECTIONS))
+        raise ModelError(
+            f"{name} is not the usual decoder layer ({found} differ); its visual rows cannot be run apart."
+        )
+    if not hasattr(sys.modules[type(layer.self_attn).__module__], "apply_rotary_pos_emb"):
+        raise ModelError(f"{name} rotates queries and keys in its own way; its visual rows cannot be run apart.")
+    if 0 < plan.work.ffn < 1:
+        linear = [getattr(layer.mlp, part, None) for part in sorted(FFN_PARTS - {"act_fn"})]
+        if {part for part, _ in layer.mlp.named_children()} != FFN_PARTS or any(
+            type(m) is not nn.Linear for m in linear
+        ):
+            raise ModelError(f"{type(layer.mlp).__name__} is no gated FFN of plain matrices; its width cannot be cut.")
+    if layer.training or layer in _CHECKED:
+        return
+    weight = layer.input_layernorm.weight
+    probe = torch.randn(1, 2, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight)
+    position = torch.arange(2, device=weight.device)[None]
+    rope = adapter.decoder.rotary_emb(probe, position.expand(3, 1, -1) if adapter.mrope else position)
+    ours = RowLayer(layer, plan, False, layer.forward)
+    with torch.no_grad():
+        normed = layer.input_layernorm(probe)
+        query, key, value = (ours.heads(part, normed) for part in "qkv")
+        query, key = _rotation(layer)(query, key, *rope)
+        options = {"is_causal": True, "scale": layer.self_attn.scaling, "enable_gqa": True}
+        update = F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2).flatten(2)
+        rows = probe + layer.self_attn.o_proj(update)
+        rows = rows + ours.mlp(rows)
+        mask = None if flash else torch.full((2, 2), torch.finfo(probe.dtype).min).triu(1)[None, None].to(probe)
+        stock = layer(probe, attention_mask=mask, position_embeddings=rope, position_ids=position)
+    if not torch.allclose(rows - probe, stock - probe, rtol=0.1, atol=0.05 * float((stock - probe).abs().max())):
+        raise ModelError(
+            f"{name} computes something else than the usual decoder layer; its visual rows cannot be run apart."
+        )
+    _CHECKED.add(layer)
+
+
+def _rotation(layer: Any) -> Callable[..., Rope]:
+    return sys.modules[type(layer.self_attn).__module__].apply_rotary_pos_emb
