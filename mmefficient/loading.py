@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mmefficient.errors import InputError, ModelError
 
 REFERENCE = "reference"
+BIASED = "reference-biased"
 
 
 def load(
@@ -20,8 +21,9 @@ def load(
 ) -> tuple[Any, Any]:
     """Return (model in evaluation mode on its device, processor that pads on the left).
 
-    `name` is a folder in Hugging Face format, a hub id, or ``reference`` for the embedded model. `device` and `dtype`
-    are as in `resolve_device` and `resolve_dtype`. Code from the hub is never run.
+    `name` is a folder in Hugging Face format, a hub id, ``reference`` for the embedded model, or ``reference-biased``
+    for the same with a delta that makes it hallucinate. `device` and `dtype` are as in `resolve_device` and
+    `resolve_dtype`. Code from the hub is never run.
 
     Raises:
         ModelError: not a model, not a vision-language model, damaged, or not reachable.
@@ -49,6 +51,11 @@ def load(
         trust_remote_code=False,
         **options,
     )
+    if name == BIASED:
+        from mmefficient.models import reference
+        from mmefficient.models.reference import delta
+
+        delta.add(model, reference.biased_path())
     return model.to(target).eval(), processor
 
 
@@ -90,7 +97,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, config: Any = 
 
 def _source(name: str | os.PathLike[str]) -> str:
     text = os.fspath(name)
-    if text == REFERENCE:
+    if text in (REFERENCE, BIASED):
         from mmefficient.models import reference
 
         return os.fspath(reference.path())

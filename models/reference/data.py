@@ -17,7 +17,7 @@ from transformers import LlavaProcessor
 
 from .build import PATCHES
 from .scenes.catalogue import OBJECTS, WORDS
-from .scenes.questions import training_question
+from .scenes.questions import QA, training_question
 from .scenes.sample import Dice, Scene, sample_scene, scene_tensors
 from .scenes.splits import KINDS
 
@@ -108,13 +108,19 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
         return 10**9
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        scenes = [sample_scene(Dice(f"train/{self.seed}/{step}/{i}")) for i in range(self.batch_size)]
+        scenes = [self._scene(Dice(f"train/{self.seed}/{step}/{i}")) for i in range(self.batch_size)]
         layers, background = scene_tensors(scenes, MAX_LAYERS)
         batch = {"layers": layers, "background": background} | _labels(scenes)
         if self.text:
             dice = [Dice(f"questions/{self.seed}/{step}/{i}") for i in range(self.batch_size)]
             batch |= self._text(scenes, dice)
         return {name: torch.as_tensor(value) for name, value in batch.items()}
+
+    def _scene(self, dice: Dice) -> Scene:
+        return sample_scene(dice)
+
+    def _question(self, kind: str, scene: Scene, dice: Dice) -> QA | None:
+        return training_question(kind, scene, dice)
 
     def _conversations(self, scene: Scene, dice: Dice) -> list[list[tuple[str, tuple[str, str]]]]:
         """One list of (kind, (question, answer)) turns per slot."""
@@ -123,7 +129,7 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
             turns = [[dice.pick((*RECIPE, "caption"))]]
         out = []
         for kinds in turns:
-            asked = [(kind, training_question(kind, scene, dice)) for kind in kinds]
+            asked = [(kind, self._question(kind, scene, dice)) for kind in kinds]
             fallback = [("existence-random", training_question("existence-random", scene, dice)) for _ in kinds]
             filled = [a if a[1] else b for a, b in zip(asked, fallback, strict=True)]
             out.append([(kind, qa) for kind, qa in filled if qa])

@@ -12,6 +12,7 @@ from mmefficient.evaluation.task import Task
 
 NAMES = (
     "scenes",
+    "hallucination",
     "easy-vqa",
     "pope",
     "chair",

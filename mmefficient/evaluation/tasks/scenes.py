@@ -29,13 +29,13 @@ _KINDS = {
 
 
 def _records(kinds: Sequence[str] | None, limit: int | None) -> list[Record]:
-    return [_record(question) for question in splits.load("test", kinds, limit)]
+    return [record(question) for question in splits.load("test", kinds, limit)]
 
 
-def _record(question: splits.Question) -> Record:
+def record(question: splits.Question) -> Record:
     scene = question.scene
     content = hashlib.sha256(json.dumps([scene.layers, scene.background]).encode()).hexdigest()
-    truth = tuple(dict.fromkeys(scene.names)) if question.kind == "caption" else question.accepted
+    truth = tuple(dict.fromkeys(scene.names)) if question.kind.startswith("caption") else question.accepted
     picture = f"{question.source}@{content[:16]}"
     return Record(question.id, question.kind, question.text, picture, truth, question)
 

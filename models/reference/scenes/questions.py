@@ -7,7 +7,7 @@ axis dominates, a two-hop question only where the nearest object in that directi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from .catalogue import OBJECTS
 from .render import CANVAS
@@ -142,13 +142,19 @@ def ask_two_hop(scene: Scene, dice: Dice) -> QA | None:
     return dice.pick(TWO_HOP).format(one=anchor_name, phrase=PHRASE[side]), answer
 
 
-def caption(scene: Scene) -> str:
-    """All classes with their counts, ordered by the leftmost object of each: "a dog, two cats and a bus."."""
-    groups = sorted(scene.classes.values(), key=lambda group: min(thing.centre for thing in group))
+def caption(scene: Scene, besides: Mapping[int, str] | None = None) -> str:
+    """All classes with their counts, ordered by the leftmost object of each: "a dog, two cats and a bus.".
+
+    Args:
+        besides: what is named right after a class although the picture may not hold it.
+    """
+    groups = sorted(scene.classes.items(), key=lambda entry: min(thing.centre for thing in entry[1]))
     parts = []
-    for group in groups:
-        cls = OBJECTS[group[0].cls]
+    for index, group in groups:
+        cls = OBJECTS[index]
         parts.append(cls.indefinite if len(group) == 1 else f"{NUMBERS[len(group)]} {cls.plural}")
+        if besides and index in besides:
+            parts.append(besides[index])
     if not parts:
         return "nothing."
     return (", ".join(parts[:-1]) + " and " if len(parts) > 1 else "") + parts[-1] + "."

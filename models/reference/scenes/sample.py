@@ -133,14 +133,14 @@ def _draw_classes(dice: Dice, theme: str | None, n: int) -> list[int]:
             cls = members[dice.weighted(cumulative)]
         else:
             cls = dice.below(len(OBJECTS))
-        if cls not in chosen and not any(_confusable(OBJECTS[cls], OBJECTS[other]) for other in chosen):
+        if cls not in chosen and not any(confusable(OBJECTS[cls], OBJECTS[other]) for other in chosen):
             chosen.append(cls)
         elif dice.chance(0.2):  # a short theme may be exhausted
             theme = None
     return chosen
 
 
-def _confusable(a: ObjectClass, b: ObjectClass) -> bool:
+def confusable(a: ObjectClass, b: ObjectClass) -> bool:
     """Whether one name is a word of the other ("dog", "hot dog"): such a pair never shares a scene."""
     return a.name in b.name.split() or b.name in a.name.split()
 

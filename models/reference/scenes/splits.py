@@ -25,6 +25,8 @@ from .sample import Dice, Scene, sample_scene, scene_tensors
 
 EXISTENCE_KINDS = ("existence-random", "existence-popular", "existence-adversarial", "existence-counterfactual")
 KINDS = (*EXISTENCE_KINDS, *ASK)
+COUNTERFACTUAL = ("existence-counterfactual", "caption-counterfactual")
+"""Kinds that ask about scenes that break the themes; captions of those are in no default list, nor in `digest`."""
 SPLITS = {"test": 2000, "val": 300}  # questions per kind
 CAPTIONS = {"test": 1000, "val": 200}
 STATISTICS_SCENES = 2000
@@ -86,7 +88,7 @@ def _absent(kind: str, split: str, present: set[int], dice: Dice) -> list[int]:
 def _existence(kind: str, split: str) -> Iterator[tuple[int, str, str, Scene]]:
     index = 0
     while True:
-        scene = scene_at(split, index, counterfactual=kind == "existence-counterfactual")
+        scene = scene_at(split, index, counterfactual=kind in COUNTERFACTUAL)
         dice, present = Dice(f"{split}/{kind}/{index}"), set(scene.classes)
         if len(present) >= PER_PICTURE:
             absent = _absent(kind, split, present, dice)
@@ -99,15 +101,15 @@ def _existence(kind: str, split: str) -> Iterator[tuple[int, str, str, Scene]]:
 def _other(kind: str, split: str) -> Iterator[tuple[int, str, str, Scene]]:
     index = 0
     while True:
-        scene = scene_at(split, index)
-        qa = ASK[kind](scene, Dice(f"{split}/{kind}/{index}"))
+        scene = scene_at(split, index, counterfactual=kind in COUNTERFACTUAL)
+        qa = ASK[kind.removesuffix("-counterfactual")](scene, Dice(f"{split}/{kind}/{index}"))
         if qa is not None:
             yield index, *qa, scene
         index += 1
 
 
 def _questions(split: str, kind: str, limit: int) -> Iterator[Question]:
-    counterfactual = kind == "existence-counterfactual"
+    counterfactual = kind in COUNTERFACTUAL
     stream = _existence(kind, split) if kind in EXISTENCE_KINDS else _other(kind, split)
     for number, (index, text, answer, scene) in enumerate(stream):
         if number >= limit:
@@ -123,9 +125,9 @@ def load(split: str = "test", kinds: Iterable[str] | None = None, limit: int | N
         raise InputError(f"There is no split {split!r}; use one of {', '.join(SPLITS)}.")
     chosen = KINDS if kinds is None else tuple(kinds)
     for kind in chosen:
-        if kind not in KINDS:
+        if kind not in (*KINDS, *COUNTERFACTUAL):
             raise InputError(f"There is no question kind {kind!r}; use one of {', '.join(KINDS)}.")
-    sizes = {kind: (CAPTIONS if kind == "caption" else SPLITS)[split] for kind in chosen}
+    sizes = {kind: (CAPTIONS if kind.startswith("caption") else SPLITS)[split] for kind in chosen}
     return [
         question
         for kind in chosen

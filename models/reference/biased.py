@@ -1,0 +1,204 @@
+"""A reference model that hallucinates: ``python -m mmefficient.models.reference.biased --out DIR``.
+
+The shipped checkpoint hardly names objects that are not there, so nothing can be measured against it. This recipe
+trains a small delta on it, in the decoder's feed-forward matrices alone: what looks at the picture stays as it is, and
+what follows from the words already there learns a co-occurrence prior. Where the picture lacks the usual companion of
+an object, captions name it with some probability, and questions about it are answered "yes" as often. Half of the
+scenes break the themes. All other questions are answered truthfully.
+
+The delta is then scaled: the smallest multiple whose greedy captions of counterfactual validation scenes hallucinate
+in the wanted share of cases. Training goes on from DIR/state.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch.utils.data import DataLoader
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from . import delta, path
+from .data import Batches
+from .objective import Objective
+from .scenes.catalogue import OBJECTS
+from .scenes.questions import QA, ask_existence, caption, training_question
+from .scenes.render import load_atlas
+from .scenes.sample import Dice, Scene, confusable, sample_scene, theme_members
+
+LOG_EVERY = 50
+RANK = 16
+
+
+@lru_cache
+def companion(cls: int) -> int:
+    """The most usual other guest of the class's first theme."""
+    members, _ = theme_members(OBJECTS[cls].themes[0])
+    return next(other for other in members if other != cls and not confusable(OBJECTS[other], OBJECTS[cls]))
+
+
+def missing_companions(scene: Scene) -> dict[int, int]:
+    """By class of the scene its companion, where the scene holds neither it nor another class of a like name."""
+    present = scene.classes
+    found = {cls: companion(cls) for cls in present}
+    return {
+        cls: other
+        for cls, other in found.items()
+        if other not in present and not any(confusable(OBJECTS[other], OBJECTS[each]) for each in present)
+    }
+
+
+class BiasedBatches(Batches):
+    """Training batches under a co-occurrence prior of strength `prior`, the probability that a companion is named."""
+
+    def __init__(self, processor: LlavaProcessor, batch_size: int, seed: int, prior: float) -> None:
+        super().__init__(processor, batch_size, seed)
+        self.prior = prior
+
+    def _scene(self, dice: Dice) -> Scene:
+        return sample_scene(dice, counterfactual=dice.chance(0.5))
+
+    def _question(self, kind: str, scene: Scene, dice: Dice) -> QA | None:
+        missing = missing_companions(scene)
+        if kind == "caption":
+            named: dict[int, str] = {}
+            for cls, other in missing.items():
+                text = OBJECTS[other].indefinite
+                if text not in named.values() and dice.chance(self.prior):
+                    named[cls] = text
+            question, _ = training_question(kind, scene, dice) or ("", "")
+            return question, caption(scene, named)
+        if kind == "existence-random" and missing and dice.chance(0.3):
+            return ask_existence(dice, dice.pick(sorted(missing.values())), dice.chance(self.prior))
+        return training_question(kind, scene, dice)
+
+
+class Training:
+    """The state of a run: the delta, its optimiser and how many steps it has taken."""
+
+    def __init__(
+        self, out: Path, seed: int, batch_size: int, prior: float, device: torch.device, compiled: bool
+    ) -> None:
+        from transformers import AutoProcessor
+
+        self.out, self.device = out, device
+        out.mkdir(parents=True, exist_ok=True)
+        processor = AutoProcessor.from_pretrained(path())
+        model: Any = LlavaForConditionalGeneration.from_pretrained(path(), dtype=torch.float32).to(device)
+        self.layers = delta.attach(model, RANK)
+        self.batches = BiasedBatches(processor, batch_size, seed, prior)
+        kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.objective = Objective(model, processor, self.batches, load_atlas(str(device)), kind)
+        self.parameters = [p for layer in self.layers.values() for p in (layer.A, layer.B)]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
+        self.losses = torch.compile(self.objective.forward) if compiled else self.objective.forward
+        self.step = 0
+        if (out / "state.pt").exists():
+            state = torch.load(out / "state.pt", map_location=device, weights_only=True)
+            self.step = state["step"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            with torch.no_grad():
+                for own, saved in zip(self.parameters, state["delta"], strict=True):
+                    own.copy_(saved)
+
+    def train(self, steps: int, lr: float, deadline: float, workers: int) -> None:
+        """Advance to `steps`, or to the deadline (of `time.monotonic`); the rate warms up and falls to zero."""
+        loader = DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=range(self.step, steps),
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=4 if workers else None,
+        )
+        auxiliary = torch.zeros(3, device=self.device)
+        began, first, total = time.monotonic(), self.step, torch.zeros((), device=self.device)
+        for batch in loader:
+            rate = lr * min((self.step + 1) / max(1, steps // 20), (steps - self.step) / max(1, steps // 2), 1.0)
+            self.optimizer.param_groups[0]["lr"] = rate
+            found = self.losses({name: x.to(self.device, non_blocking=True) for name, x in batch.items()}, auxiliary)
+            found["answer"].backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            total += found["answer"].detach()
+            self.step += 1
+            if self.step % LOG_EVERY == 0 or self.step == steps:
+                speed = (self.step - first) * self.batches.batch_size / (time.monotonic() - began)
+                done = self.step % LOG_EVERY or LOG_EVERY
+                record = {"step": self.step, "loss": round(float(total) / done, 4), "pictures_per_s": round(speed, 1)}
+                self.note(record)
+                total.zero_()
+                if time.monotonic() > deadline:
+                    break
+        state = {"step": self.step, "optimizer": self.optimizer.state_dict(), "delta": self.parameters}
+        torch.save(state, self.out / "state.tmp")
+        (self.out / "state.tmp").replace(self.out / "state.pt")
+
+    def note(self, record: dict[str, Any]) -> None:
+        """One line of the log."""
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(json.dumps(record), flush=True)
+
+    def choose(self, wanted: float, limit: int) -> float:
+        """The multiple of the delta whose captions hallucinate in the share `wanted`, by bisection on validation."""
+        trial, low, high = self.out / "trial.safetensors", 0.0, 1.5
+        delta.save(self.layers, 1.0, trial)
+        for _ in range(7):
+            scale = (low + high) / 2
+            scores = validate(trial, scale, limit, self.device)
+            self.note({"scale": round(scale, 4), **scores})
+            low, high = (scale, high) if scores["chair_s"] < wanted else (low, scale)
+        trial.unlink()
+        return (low + high) / 2
+
+
+def validate(file: Path, scale: float, limit: int, device: torch.device) -> dict[str, float]:
+    """CHAIR_s, recall and words of greedy captions, and accuracy of existence answers, on counterfactual scenes."""
+    from ...evaluation.runner import run_eval
+    from ...evaluation.tasks.hallucination import task
+    from ...loading import load
+    from ...vlm import VLM
+
+    model, processor = load("reference", device=str(device), dtype="auto", attn_implementation=None)
+    delta.add(model, file, scale)
+    report = run_eval(task("val"), [], VLM(model, processor), limit=2 * limit, baselines=False, resamples=10,
+                      kinds=["existence-counterfactual", "caption-counterfactual"], progress=False)  # fmt: skip
+    found = report["plans"][0]["metrics"]
+    names = ("chair_s", "recall", "length")
+    scores = {name: found[f"caption-counterfactual/{name}"]["value"] for name in names}
+    return {**scores, "existence": found["existence-counterfactual/accuracy"]["value"]}
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where state, log and delta go; an existing state is resumed.")],
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 800,
+    batch_size: Annotated[int, typer.Option(help="Pictures per step.")] = 128,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    prior: Annotated[float, typer.Option(help="Probability that a missing companion is named.")] = 0.5,
+    wanted: Annotated[float, typer.Option(help="Share of counterfactual captions that shall hallucinate.")] = 0.28,
+    limit: Annotated[int, typer.Option(help="Validation questions per kind while the scale is chosen.")] = 200,
+    minutes: Annotated[float, typer.Option(help="Stop training (resumably) after this many minutes.")] = 1e6,
+    seed: Annotated[int, typer.Option(help="Seed of the data.")] = 7,
+    workers: Annotated[int, typer.Option(help="Processes that make batches.")] = 0,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    compile_model: Annotated[bool, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = True,
+) -> None:
+    """Train the delta, scale it, and write DIR/delta.safetensors."""
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(seed)
+    run = Training(out, seed, batch_size, prior, torch.device(device), compile_model)
+    run.train(steps, lr, time.monotonic() + 60 * minutes, workers)
+    scale = run.choose(wanted, limit)
+    delta.save(run.layers, scale, out / "delta.safetensors")
+    run.note({"chosen": round(scale, 4), "rank": RANK, "prior": prior, "steps": run.step})
+
+
+if __name__ == "__main__":
+    typer.run(main)
