@@ -164,6 +164,24 @@ def load(
 
 
 @app.command()
+def hallucination(
+    out: Annotated[Path, typer.Option(help="Folder for the reports and the answers so far.")],
+    model: Annotated[str, typer.Option(help="reference, reference-biased, a folder or a hub id.")] = "reference-biased",
+    only: Annotated[list[str] | None, typer.Option(help="A method to try; repeat for more.")] = None,
+    trial: Annotated[int, typer.Option(min=2, help="Validation questions to choose strengths on.")] = 600,
+    limit: Annotated[int | None, typer.Option(min=6, help="Test questions of all kinds together.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto is the checkpoint's own, and float32 on a CPU.")] = "auto",
+) -> None:
+    """What methods against hallucination do, at strengths chosen on validation."""
+    from mmefficient.bench.hallucination import run, table, write
+
+    result = run(model, out, only or [], trial=trial, limit=limit, device=device, dtype=dtype)
+    write(result, out)
+    print(table(result))
+
+
+@app.command()
 def kernels(
     out: Annotated[Path, typer.Option(help="Folder for kernels.json.")],
     only: Annotated[list[str] | None, typer.Option(help="A table to make; repeat for more.")] = None,

@@ -1,0 +1,136 @@
+"""What methods do to hallucination: strengths are chosen on validation, everything is reported on test.
+
+    python -m mmefficient.bench hallucination --model reference-biased --out DIR
+
+Of every method that strength is taken which hallucinates least in counterfactual validation captions, among those that
+lose at most one point of recall, change the length by at most 5 % and repeat no more than the model alone. If none does,
+the one that loses the least recall stands in the table anyway, marked.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmefficient.evaluation.runner import run_eval
+from mmefficient.evaluation.tasks.hallucination import task
+from mmefficient.plan import Plan
+from mmefficient.vlm import VLM
+
+STRENGTHS: dict[str, tuple[str, ...]] = {
+    "vhr": tuple(f"vhr(alpha={a},second={s})" for s in (False, True) for a in (1.15, 1.3, 1.5, 2.0)),
+    "pai": tuple(f"pai(alpha={a},first={f})" for f in (2, 6) for a in (0.05, 0.1, 0.2, 0.4)),
+    "vaf": tuple(f"vaf(enhance={e},suppress={s},first=3,last=8)" for e in (1.05, 1.15, 1.3) for s in (0.95, 1.0)),
+}
+"""Plans tried of every method. Layers are shares of this model's twelve, as the papers' are of their models' 32."""
+REDUCERS = ("fastv(layer=2,keep=0.5)", "grid(keep=0.5)", "visionzip(dominant=260,contextual=28,positions=keep)")
+CAPTION, EXISTENCE = "caption-counterfactual", "existence-counterfactual"
+COLUMNS = (
+    (f"{CAPTION}/chair_s", "CHAIR_s"),
+    (f"{CAPTION}/chair_i", "CHAIR_i"),
+    (f"{CAPTION}/recall", "recall"),
+    (f"{CAPTION}/length", "words"),
+    (f"{CAPTION}/repeated_8gram", "repeats"),
+    (f"{EXISTENCE}/accuracy", "POPE accuracy"),
+    (f"{EXISTENCE}/f1", "F1"),
+    (f"{EXISTENCE}/yes_rate", "yes-rate"),
+    (f"{EXISTENCE}/mcc", "MCC"),
+)
+Entry = Mapping[str, Any]
+
+
+def run(
+    model: str,
+    out: Path,
+    only: Sequence[str] = (),
+    *,
+    trial: int = 600,
+    limit: int | None = None,
+    device: str,
+    dtype: str,
+) -> dict[str, Any]:
+    """Choose strengths and measure; both runs are resumable in `out`.
+
+    Args:
+        only: the methods; all by default.
+        trial: validation questions, spread over both counterfactual kinds; limit: test questions of all kinds together.
+
+    Returns:
+        {"chosen": {method: plan}, "feasible": {method: bool}, "validation", "test"}: the last two are reports of
+        `run_eval`.
+    """
+    vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
+    names = list(only) or list(STRENGTHS)
+    plans = [plan for name in names for plan in STRENGTHS[name]]
+    options: dict[str, Any] = {"baselines": False, "batch_size": 128 if vlm.model.device.type == "cuda" else None}
+    first = run_eval(
+        task("val"),
+        plans,
+        vlm,
+        limit=trial,
+        kinds=[EXISTENCE, CAPTION],
+        out=out / "validation",
+        resamples=100,
+        **options,
+    )
+    entries = {entry["plan"]: entry["metrics"] for entry in first["plans"]}
+    chosen, feasible = {}, {}
+    for name in names:
+        tried = {plan: entries[str(Plan(plan))] for plan in STRENGTHS[name]}
+        chosen[name], feasible[name] = choose(entries["none"], tried)
+    best = min(chosen, key=lambda name: (not feasible[name], value(entries[str(Plan(chosen[name]))], "chair_s")))
+    combined = [*REDUCERS, *(f"{reducer}+{chosen[best]}" for reducer in REDUCERS)]
+    test = run_eval(task("test"), [*chosen.values(), *combined], vlm, limit=limit, out=out / "test", **options)
+    return {"command": shlex.join(sys.argv), "chosen": chosen, "feasible": feasible, "validation": first, "test": test}
+
+
+def value(metrics: Entry, name: str, kind: str = CAPTION) -> float:
+    return float(metrics[f"{kind}/{name}"]["value"])
+
+
+def choose(base: Entry, tried: Mapping[str, Entry]) -> tuple[str, bool]:
+    """The plan of one method to report, and whether it keeps recall, length and repetition."""
+
+    def keeps(metrics: Entry) -> bool:
+        length = value(metrics, "length") / value(base, "length")
+        lost = value(base, "recall") - value(metrics, "recall")
+        repeats = value(metrics, "repeated_8gram") - value(base, "repeated_8gram")
+        return lost <= 0.01 and abs(length - 1) <= 0.05 and repeats <= 0
+
+    good = {plan: metrics for plan, metrics in tried.items() if keeps(metrics)}
+    if good:
+        least = min(good, key=lambda p: (value(good[p], "chair_s"), -value(good[p], "accuracy", EXISTENCE)))
+        return least, True
+    return max(tried, key=lambda plan: value(tried[plan], "recall")), False
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Test scores as a Markdown table: percent, with paired 95 % intervals of the differences to no plan below."""
+    lines = ["| plan | " + " | ".join(title for _, title in COLUMNS) + " | decode ms |"]
+    lines.append("|---|" + "---:|" * (len(COLUMNS) + 1))
+    loose = {str(Plan(result["chosen"][name])) for name, good in result["feasible"].items() if not good}
+    for entry in result["test"]["plans"]:
+        cells = []
+        for metric, title in COLUMNS:
+            if metric not in entry["metrics"]:
+                cells.append("")
+                continue
+            scale, digits = (1, 2) if title == "words" else (100, 1)
+            cell = f"{scale * (entry['metrics'][metric]['value'] or 0.0):.{digits}f}"
+            change = entry["paired"].get(metric)
+            if change and change["low"] is not None:
+                cell += f" ({scale * change['low']:+.{digits}f} to {scale * change['high']:+.{digits}f})"
+            cells.append(cell)
+        mark = " *" if entry["plan"] in loose else ""
+        lines.append(f"| `{entry['plan']}`{mark} | {' | '.join(cells)} | {entry['ms_per_question']['decode']:.2f} |")
+    return "\n".join(lines)
+
+
+def write(result: Mapping[str, Any], out: Path) -> None:
+    """`hallucination.json` and `hallucination.md`."""
+    (out / "hallucination.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (out / "hallucination.md").write_text(table(result) + "\n", encoding="utf-8")
