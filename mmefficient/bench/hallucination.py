@@ -3,8 +3,8 @@
     python -m mmefficient.bench hallucination --model reference-biased --out DIR
 
 Of every method that strength is taken which hallucinates least in counterfactual validation captions, among those that
-lose at most one point of recall, change the length by at most 5 % and repeat no more than the model alone. If none does,
-the one that loses the least recall stands in the table anyway, marked.
+lose at most one point of recall, change the length by at most 5 % and repeat no more than the model alone. If none
+does, the one that loses the least recall stands in the table anyway, marked.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ STRENGTHS: dict[str, tuple[str, ...]] = {
     "vhr": tuple(f"vhr(alpha={a},second={s})" for s in (False, True) for a in (1.15, 1.3, 1.5, 2.0)),
     "pai": tuple(f"pai(alpha={a},first={f})" for f in (2, 6) for a in (0.05, 0.1, 0.2, 0.4)),
     "vaf": tuple(f"vaf(enhance={e},suppress={s},first=3,last=8)" for e in (1.05, 1.15, 1.3) for s in (0.95, 1.0)),
+    "var": tuple(f"var(p={p},rho={r},tau={t},first=1)" for p in (0.3, 0.6) for r in (0.5, 0.8) for t in (4.0, 8.0)),
+    "spin": tuple(f"spin(keep={k},factor={f})" for k in (0.5, 0.75, 0.88) for f in (0.08, 0.5)),
 }
 """Plans tried of every method. Layers are shares of this model's twelve, as the papers' are of their models' 32."""
 REDUCERS = ("fastv(layer=2,keep=0.5)", "grid(keep=0.5)", "visionzip(dominant=260,contextual=28,positions=keep)")

@@ -38,9 +38,66 @@ def vaf(layer: Layer) -> torch.Tensor:
     return layer.out(torch.where(in_rows(layer, "answer"), layer.logits * factor, layer.logits).softmax(-1))
 
 
+def var(layer: Layer) -> torch.Tensor:
+    """VAR: sinks keep p = 0.3 of their weight in chosen heads, visual non-sinks get the rest; layers 2 and up."""
+    weights = layer.logits.softmax(-1)
+    if layer.index < 2:
+        return layer.out(weights)
+    if layer.prefill:
+        x = layer.hidden / (layer.hidden.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        first = layer.real.long().argmax(1)
+        phi = torch.stack([x[b].abs()[:, x[b, at].abs().topk(2).indices].amax(-1) for b, at in enumerate(first)])
+        layer.memory[layer.index] = (phi > 1.6) & layer.real
+    sink = layer.memory[layer.index]
+    sink = torch.cat([sink, sink.new_zeros(len(sink), layer.image.shape[1] - sink.shape[1])], 1)
+    changed = weights.clone()
+    for b in range(len(weights)):
+        visual, both = layer.image[b] & ~sink[b], layer.image[b] & sink[b]
+        for h in range(weights.shape[1]):
+            for i in range(weights.shape[2]):
+                row = weights[b, h, i]
+                portion = row[both].sum() / row[layer.image[b]].sum()
+                if not both.any() or not layer.rows[b, i] or portion > 1 - 0.4 or row[layer.image[b]].sum() < 0.2:
+                    continue
+                changed[b, h, i, sink[b]] = 0.3 * row[sink[b]]
+                changed[b, h, i, visual] += 0.7 * row[sink[b]].sum() * row[visual] / row[visual].sum()
+                torch.testing.assert_close(changed[b, h, i].sum(), torch.tensor(1.0))
+    return layer.out(changed)
+
+
+def spin(layer: Layer) -> torch.Tensor:
+    """SPIN: the 2 of 4 heads with the largest sum of logits on the image stay, the others times 0.3; last row."""
+    out = plain(layer)
+    score = torch.where(layer.image[:, None, None], layer.logits, 0.0).sum(-1)[..., -1]
+    factor = torch.full_like(score, 0.3).scatter(1, score.topk(2).indices, 1.0)
+    factor = torch.where(layer.image.any(1)[:, None], factor, 1.0)
+    out[:, :, -1] *= factor[..., None]
+    return out
+
+
+HEADS = ((1, 0), (1, 3), (3, 2))
+
+
+def adhh(layer: Layer) -> torch.Tensor:
+    """AD-HH: listed heads drop what they spend on text after the image, if it is 0.2 or more; last row."""
+    weights = layer.logits.softmax(-1)
+    for at, head in HEADS:
+        if at == layer.index:
+            row = weights[:, head, -1]
+            mass = (row * layer.after).sum(-1)
+            cut = (mass >= 0.2) & layer.image.any(1)
+            weights[:, head, -1] = torch.where(cut[:, None] & layer.after, 0.0, row)
+            kept = weights[:, head, -1].sum(-1)
+            torch.testing.assert_close(kept, torch.where(cut, 1 - mass, 1.0))
+    return layer.out(weights)
+
+
 ORACLES: dict[str, Callable[[Layer], torch.Tensor]] = {
     "pai(alpha=0.4)": pai,
     "vaf(first=1,last=2)": vaf,
+    "var(p=0.3,rho=0.4,tau=1.6)": var,
+    "spin(keep=0.5,factor=0.3)": spin,
+    f"adhh(theta=0.2,heads={HEADS})": adhh,
 }
 
 
@@ -130,7 +187,13 @@ def test_vhr_chooses_half_of_the_heads_and_outliers_need_both_conditions() -> No
     assert VHR(outliers=False).chosen(seeing, blind)[0, :3].all()
 
 
-NEUTRAL = ["pai(alpha=0.0,first=0)", "vaf(enhance=1.0,suppress=1.0,first=0,last=-1)", "vhr(alpha=1.0)"]
+NEUTRAL = [
+    "pai(alpha=0.0,first=0)",
+    "vaf(enhance=1.0,suppress=1.0,first=0,last=-1)",
+    "vhr(alpha=1.0)",
+    "var(p=1.0,tau=1.5)",
+]
+NEUTRAL += ["spin(factor=1.0)", "adhh(theta=1.1,heads=((2,1),))"]
 
 
 @pytest.mark.parametrize("plan", NEUTRAL)

@@ -1,0 +1,72 @@
+"""AD-HH (Yang et al., ICLR 2025): hallucination heads lose their attention to text when there is much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+
+from mmefficient.errors import PlanError
+from mmefficient.modulation import Change, LayerPrompt, Modulation, Rows, answering
+from mmefficient.points import Method, about
+from mmefficient.profiles import Checkpoint
+
+Heads = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ADHH(Modulation):
+    """In the listed heads, attention on the text after the image is dropped where it is at least `theta` in all."""
+
+    name: ClassVar[str] = "adhh"
+    paper: ClassVar[str] = "https://openreview.net/forum?id=Bjq4W7P2Us"
+    summary: ClassVar[str] = "cut the attention of hallucination heads to the text after the image"
+    changes: ClassVar[frozenset[str]] = frozenset({"mix"})
+    rows: ClassVar[Rows] = "last"
+    groups: ClassVar[int] = 2
+    later: ClassVar[int] = 1
+
+    theta: float = field(default=0.4, metadata=about("attention on text from which on it is cut"))
+    heads: Heads | Literal["auto"] = field(
+        default="auto", metadata=about("(layer, head) pairs; auto = the checkpoint's profile")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads != "auto":
+            try:
+                pairs = tuple((int(layer), int(head)) for layer, head in self.heads)
+            except (TypeError, ValueError) as error:
+                raise PlanError(f"adhh: heads={self.heads!r} is no tuple of (layer, head) pairs.") from error
+            if not pairs or min(min(pair) for pair in pairs) < 0:
+                raise PlanError("adhh: heads holds no (layer, head) pair counted from 0.")
+            object.__setattr__(self, "heads", pairs)
+
+    def stages(self, checkpoint: Checkpoint) -> tuple[Method, ...]:
+        if self.heads != "auto":
+            return (self,)
+        return (ADHH(self.theta, tuple(map(tuple, checkpoint.profile(self.name).facts["heads"]))),)  # type: ignore[arg-type]
+
+    def layers(self, count: int) -> Sequence[int]:
+        return sorted({int(layer) for layer, _ in self.heads})
+
+    def group(self, prompt: LayerPrompt) -> torch.Tensor:
+        return answering(prompt.tokens)
+
+    def change(self, prompt: LayerPrompt) -> Change:
+        count = prompt.query.shape[1]
+        mine = [head for layer, head in self.heads if layer == prompt.layer]
+        if max(mine) >= count:  # type: ignore[type-var]
+            raise PlanError(f"adhh: layer {prompt.layer} has no head {max(mine)}; the model has {count} heads.")  # type: ignore[type-var]
+        listed = torch.zeros(count, dtype=torch.bool)
+        listed[mine] = True
+        where = listed.to(prompt.query.device) & prompt.has_image[:, None]
+        return Change(mix=partial(self.mixed, where[:, :, None]))
+
+    def mixed(self, where: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+        """New masses [2, B, Hq, R], which do not add up to 1 where text was cut; `where` bool [B, Hq, 1]."""
+        rest, text = mass
+        return torch.stack([rest, text.masked_fill(where & (text >= self.theta), 0.0)])
