@@ -22,7 +22,7 @@ class ADHH(Modulation):
     """In the listed heads, attention on the text after the image is dropped where it is at least `theta` in all."""
 
     name: ClassVar[str] = "adhh"
-    paper: ClassVar[str] = "https://openreview.net/forum?id=Bjq4W7P2Us"
+    paper: ClassVar[str] = "https://github.com/TianyunYoung/Hallucination-Attribution"
     summary: ClassVar[str] = "cut the attention of hallucination heads to the text after the image"
     changes: ClassVar[frozenset[str]] = frozenset({"mix"})
     rows: ClassVar[Rows] = "last"
@@ -36,7 +36,7 @@ class ADHH(Modulation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads != "auto":
+        if not isinstance(self.heads, str):
             try:
                 pairs = tuple((int(layer), int(head)) for layer, head in self.heads)
             except (TypeError, ValueError) as error:
@@ -44,23 +44,31 @@ class ADHH(Modulation):
             if not pairs or min(min(pair) for pair in pairs) < 0:
                 raise PlanError("adhh: heads holds no (layer, head) pair counted from 0.")
             object.__setattr__(self, "heads", pairs)
+        elif self.heads != "auto":
+            raise PlanError(f"adhh: heads={self.heads!r} is neither 'auto' nor (layer, head) pairs.")
+
+    @property
+    def pairs(self) -> Heads:
+        """The listed heads; none while `stages` has not looked them up."""
+        return () if isinstance(self.heads, str) else self.heads
 
     def stages(self, checkpoint: Checkpoint) -> tuple[Method, ...]:
-        if self.heads != "auto":
+        if self.pairs:
             return (self,)
-        return (ADHH(self.theta, tuple(map(tuple, checkpoint.profile(self.name).facts["heads"]))),)  # type: ignore[arg-type]
+        found = checkpoint.profile(self.name).facts["heads"]
+        return (ADHH(self.theta, tuple((layer, head) for layer, head in found)),)
 
     def layers(self, count: int) -> Sequence[int]:
-        return sorted({int(layer) for layer, _ in self.heads})
+        return sorted({layer for layer, _ in self.pairs})
 
     def group(self, prompt: LayerPrompt) -> torch.Tensor:
         return answering(prompt.tokens)
 
     def change(self, prompt: LayerPrompt) -> Change:
         count = prompt.query.shape[1]
-        mine = [head for layer, head in self.heads if layer == prompt.layer]
-        if max(mine) >= count:  # type: ignore[type-var]
-            raise PlanError(f"adhh: layer {prompt.layer} has no head {max(mine)}; the model has {count} heads.")  # type: ignore[type-var]
+        mine = [head for layer, head in self.pairs if layer == prompt.layer]
+        if max(mine) >= count:
+            raise PlanError(f"adhh: layer {prompt.layer} has no head {max(mine)}; the model has {count} heads.")
         listed = torch.zeros(count, dtype=torch.bool)
         listed[mine] = True
         where = listed.to(prompt.query.device) & prompt.has_image[:, None]
