@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
 from mmefficient.errors import PlanError
 from mmefficient.points import Method
 from mmefficient.tokens import Role, TokenMap
+
+if TYPE_CHECKING:
+    from mmefficient.vision import Tower
 
 GROUPING = frozenset({"map", "mix"})
 Rows = Literal["all", "answer", "last"]
@@ -30,8 +33,8 @@ class LayerPrompt:
         hidden: residual stream entering the layer, [B, n, D]; present when "hidden" is in `Modulation.needs`.
         heads, blind: output of every head in the last prompt row, before the output projection, float32 [B, Hq, d]:
             as it is, and for the same prompt without its visual tokens. Present when "blind" is in `needs`.
-        patches: float32 [M, 2], by `tokens.source`: the attention a tower patch receives in the tower's first layer
-            and in the one the projector reads. Present when "tower" is in `needs`.
+        tower: facts per tower patch; `tokens.source` says which patch a visual token is. Present when "tower" is in
+            `needs`.
     """
 
     layer: int
@@ -43,7 +46,7 @@ class LayerPrompt:
     hidden: torch.Tensor | None = None
     heads: torch.Tensor | None = None
     blind: torch.Tensor | None = None
-    patches: torch.Tensor | None = None
+    tower: Tower | None = None
 
     @property
     def has_image(self) -> torch.Tensor:

@@ -142,7 +142,7 @@ class Prefill:
         rope: cosine and sine of the rows, [B or 1, n, d] each; position: int64 [B or 1, n] or None, as layers get it.
         scores: by who asked, float32 [B, >= n], attention in the layer before.
         asking: the question rows, and whose attention reducers want.
-        hidden: [B, n, D], what enters the current layer; patches: see `modulation.LayerPrompt`.
+        hidden: [B, n, D], what enters the current layer.
         key_bias: float32 [B, n] or None, added to the logits of every key from this layer on.
         blind: the prompt without its visual tokens, if a method asked for it.
         behind: slots from the earliest last prompt token to the end.
@@ -161,7 +161,6 @@ class Prefill:
         self._whole: Segment | None = None
         self.last, self.behind = facts.last, facts.behind
         self.hidden: torch.Tensor | None = None
-        self.patches: torch.Tensor | None = None
         self.key_bias: torch.Tensor | None = None
         self.blind: Blind | None = None
         self._memo: dict[Hashable, Any] = {}

@@ -135,7 +135,7 @@ class Reading:
     ) -> None:
         self.query, self.key, self.value, self.prefill, self.scale = query, key, value, prefill, scale
         self.prompt = LayerPrompt(
-            layer, held(prefill), query, key, value, scale, prefill.hidden, patches=prefill.patches
+            layer, held(prefill), query, key, value, scale, prefill.hidden, tower=prefill.tower
         )
 
     def attend(self, call: Call, stock: Stock) -> torch.Tensor:

@@ -26,6 +26,7 @@ STRENGTHS: dict[str, tuple[str, ...]] = {
     "pai": tuple(f"pai(alpha={a},first={f})" for f in (2, 6) for a in (0.05, 0.1, 0.2, 0.4)),
     "vaf": tuple(f"vaf(enhance={e},suppress={s},first=3,last=8)" for e in (1.05, 1.15, 1.3) for s in (0.95, 1.0)),
     "var": tuple(f"var(p={p},rho={r},tau={t},first=1)" for p in (0.3, 0.6) for r in (0.5, 0.8) for t in (4.0, 8.0)),
+    "paint": tuple(f"paint(alpha={a},beta={b})" for a in (0.1, 0.3, 0.7) for b in (0.1, 0.4)),
     "spin": tuple(f"spin(keep={k},factor={f})" for k in (0.5, 0.75, 0.88) for f in (0.08, 0.5)),
 }
 """Plans tried of every method. Layers are shares of this model's twelve, as the papers' are of their models' 32."""

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from mmefficient.call import Call
 from mmefficient.errors import PlanError, SilentPlanError
+from mmefficient.methods.modulations.paint import LOCAL, SUMMARY, sets
 from mmefficient.methods.modulations.vhr import VHR
 from mmefficient.plan import Plan
 from tests import tiny
-from tests.executor.oracle import GREEDY, decoder_inputs, logits
+from tests.executor.oracle import GREEDY, decoder_inputs, image_columns, logits
 from tests.methods.modulation_oracle import Edit, Layer, edited, in_rows, plain
 
 STEPS = 9
@@ -90,6 +91,65 @@ def adhh(layer: Layer) -> torch.Tensor:
             kept = weights[:, head, -1].sum(-1)
             torch.testing.assert_close(kept, torch.where(cut, 1 - mass, 1.0))
     return layer.out(weights)
+
+
+def tower_attention(model: PreTrainedModel, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """CLS attention over patches, sum over heads, of the tower's first layer and of the one the projector reads."""
+    seen: dict[str, torch.Tensor] = {}
+    tower = model.model.vision_tower
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    chosen = [layers[0].self_attn, layers[-2].self_attn]
+    handles = [
+        part.register_forward_hook(lambda module, args, out, name=name: seen.update({name: out}))
+        for at, attention in enumerate(chosen)
+        for name, part in ((f"q{at}", attention.q_proj), (f"k{at}", attention.k_proj))
+    ]
+    with torch.no_grad():
+        tower(pixels)
+    for handle in handles:
+        handle.remove()
+    found = []
+    for at in range(2):
+        q, k = (seen[f"{name}{at}"].unflatten(-1, (2, -1)).transpose(1, 2) for name in "qk")
+        found.append(((q[:, :, :1] @ k.transpose(2, 3)) * k.shape[-1] ** -0.5).softmax(-1).sum(1)[:, 0, 1:])
+    return found
+
+
+def paint(layer: Layer, batch: dict[str, torch.Tensor], tower: list[torch.Tensor]) -> torch.Tensor:
+    """PAINT: S += 0.9 |S| on local and 0.5 |S| on summary tokens, last row, layers 1 and up."""
+    factor, image = torch.zeros_like(layer.image, dtype=torch.float32), 0
+    for row, ids in enumerate(batch["input_ids"]):
+        for columns in image_columns(ids):
+            local = set(tower[0][image].topk(len(columns) // 2).indices.tolist())
+            quartiles = tower[1][image].quantile(torch.tensor([0.25, 0.75]))
+            limit = quartiles[1] + 1.5 * (quartiles[1] - quartiles[0])
+            summary = set((tower[1][image] > limit).nonzero()[:, 0].tolist())
+            factor[row, columns] = torch.tensor(
+                [0.5 if j in summary else 0.9 if j in local else 0.0 for j in range(len(columns))]
+            )
+            image += 1
+    if layer.index < 1:
+        return plain(layer)
+    raised = torch.where(layer.logits.isinf(), layer.logits, layer.logits + factor[:, None, None] * layer.logits.abs())
+    return layer.out(torch.where(in_rows(layer, "last"), raised, layer.logits).softmax(-1))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_paint_equals_the_published_algorithm(implementation: str) -> None:
+    batch, model = tiny.ragged_batch("llava"), tiny.build("llava", "eager")
+    tower = tower_attention(model, batch["pixel_values"])
+    with edited(model, batch["input_ids"], batch["attention_mask"], partial(paint, batch=batch, tower=tower)):
+        expected = logits(model, batch, max_new_tokens=STEPS)
+    model = tiny.build("llava", implementation)
+    with Plan("paint(alpha=0.9,beta=0.5,local=0.5,first=1)").apply(model):
+        found = logits(model, batch, max_new_tokens=STEPS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_paint_sets() -> None:
+    shallow = torch.tensor([5.0, 4, 3, 2, 1, 0, 0, 0])
+    deep = torch.tensor([9.0, 1, 1.1, 1.2, 0.9, 1, 1.1, 8])
+    assert sets(shallow, deep, 0.5).tolist() == [SUMMARY, LOCAL, LOCAL, LOCAL, 0, 0, 0, SUMMARY]
 
 
 ORACLES: dict[str, Callable[[Layer], torch.Tensor]] = {
