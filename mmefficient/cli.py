@@ -235,6 +235,33 @@ def demo(
     running.wait()
 
 
+@app.command(
+    epilog="Examples:\n\nmmefficient heads --model reference -o heads.png\n\nmmefficient heads cat.jpg --model DIR"
+)
+def heads(
+    image: Annotated[str | None, typer.Argument(help="A picture; scenes of the embedded set by default.")] = None,
+    question: Annotated[str, typer.Option(help="What is asked about it.")] = "Describe the image.",
+    model: Model = "reference",
+    scenes: Annotated[int, typer.Option(min=1, help="How many scenes, without a picture.")] = 16,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The drawing.")] = Path("heads.png"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Draw what every head does with the image: how much it depends on it, how much it attends to it, VHR's gains."""
+    from mmefficient.models.reference.scenes import splits
+    from mmefficient.profiles.heads import draw, measure
+    from mmefficient.vlm import VLM
+
+    quiet()
+    vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
+    asked: list[tuple[Any, str]] = [(_picture(image), question)] if image else []
+    if not asked:
+        found = splits.load("val", ["caption-counterfactual"], scenes)
+        asked = [(each.image(), question) for each in found]
+    draw(measure(vlm, asked), f"{model}: means over {len(asked)} prompt(s), {question!r}").save(out)
+    print(out)
+
+
 @app.command(epilog="Examples:\n\nmmefficient env\n\nmmefficient env --json")
 def env(as_json: AsJson = False) -> None:
     """Show versions and hardware, for bug reports."""
