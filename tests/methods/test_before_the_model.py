@@ -178,7 +178,9 @@ def test_cdpruner_equals_the_slow_rule(keep: float | int, inverted: bool) -> Non
     raw = [slow_relevance(given.match, place, unit.count) for place, unit in enumerate(units)]
     _, kept = decide(CDPruner(keep=keep), given)
     for place, unit in enumerate(units):
-        together = [value for other, values in zip(units, raw, strict=True) if other.row == unit.row for value in values]
+        together = [
+            value for other, values in zip(units, raw, strict=True) if other.row == unit.row for value in values
+        ]
         low, high = min(together), max(together)
         length = [(value - low + 1e-6) / (high - low) for value in raw[place]]
         count = resolve_budget(keep, unit)
