@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,9 @@ LENGTH = 10
 
 
 @pytest.fixture
-def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registered matchers are forgotten afterwards."""
     monkeypatch.setattr(matchers, "_registered", {})
-    yield
 
 
 def clip_of(model: Any) -> CLIPModel:
@@ -177,7 +175,7 @@ def test_the_question_is_what_is_asked() -> None:
 def test_words_are_needed() -> None:
     model = tiny.build("llava")
     matchers.register("mine", ClipPair(clip_of(model), processor().tokenizer))
-    with pytest.raises(PlanError, match="pass tokenizer=processor.tokenizer"):
+    with pytest.raises(PlanError, match="pass tokenizer="):
         Plan("cdpruner(keep=4,matcher=mine)").apply(model).__enter__()
     Plan("cdpruner(keep=4,matcher=embeddings)").apply(model).__enter__()
 
