@@ -170,6 +170,12 @@ def _compose(methods: tuple[Method, ...]) -> None:
     for each in reducers:
         if each.position_policy == "compact" and each.site > 0:
             raise PlanError(f"{each}: position ids can only close up at the language model's input (layer 0).")
+    for thin in (each for each in reducers if each.thins):
+        for other in methods:
+            if other is not thin and other.watches:
+                raise PlanError(f"{other} asks the vision tower, which {thin} has changed; use one of them.")
+        if thin is not reducers[0]:
+            raise PlanError(f"{thin} acts inside the vision tower, before {reducers[0]}; put it first.")
     for before, after in pairwise(reducers):
         if before.name == "exit":
             raise PlanError(f"{after} follows {before}, after which no visual token is left; put the exit last.")

@@ -325,6 +325,11 @@ class Reducer(Method):
         """Whether only `stages` knows the sites."""
         return type(self).stages is not Method.stages
 
+    @property
+    def thins(self) -> bool:
+        """Whether the method makes the vision tower give fewer tokens (`attach`), so that nothing else can ask it."""
+        return False
+
     def attach(self, adapter: Adapter) -> list[Callable[[], Any]]:
         """Change how the vision tower runs while the plan is applied (`tower.Thinning`); returns what undoes it."""
         return []

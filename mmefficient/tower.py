@@ -84,11 +84,14 @@ class SmallerPictures(Thinning):
     """
 
     def __init__(self, adapter: Adapter, keep: float | int) -> None:
-        super().__init__(adapter)
-        if "interpolate_pos_encoding" not in inspect.signature(self.tower.forward).parameters:
-            raise ModelError(
-                f"{type(self.tower).__name__} cannot interpolate its positions; give the processor smaller pictures."
-            )
+        try:
+            super().__init__(adapter)
+            able = "interpolate_pos_encoding" in inspect.signature(self.tower.forward).parameters
+        except ModelError:
+            able = False
+        if not able:
+            name = type(adapter.base).__name__
+            raise ModelError(f"the pictures of {name} cannot be scaled here; give its processor smaller pictures.")
         side = self.side
         unit = Unit(0, "a crop", 0, side * side, ((side, side),))
         self.target = max(1, round((resolve_budget(keep, unit)) ** 0.5))

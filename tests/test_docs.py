@@ -29,3 +29,8 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "576 [576, 576, 144, 144" in printed
     assert "did you mean 'fastv'" in printed
     assert printed.partition("pipeline:")[2].strip()
+
+
+def test_matchers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute("matchers.md") == 1
+    assert "visual_total=576" in capsys.readouterr().out

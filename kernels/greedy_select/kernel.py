@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmefficient.kernels.common import power_below, processors
+from mmefficient.kernels.common import processors
 
 _LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
 
@@ -34,33 +34,41 @@ def _score_of(packed):
 
 
 @triton.jit
-def _gain(pairs, cover, pick, step, column, real, items, p_n, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """What each column would add to the coverage; first brings `cover` [N] up to date with the latest pick."""
-    gain = tl.zeros([BLOCK], tl.float32)
+def _cover(pairs, cover, pick, items, p_n, ROWS: tl.constexpr):
+    """Let `pick` cover what it is like."""
     for at in range(0, items, ROWS):
         row = at + tl.arange(0, ROWS)
         there = row < items
+        covered = tl.load(cover + row, mask=there, other=0.0)
+        latest = tl.load(pairs + pick.to(tl.int64) * p_n + row, mask=there, other=0.0)
+        tl.store(cover + row, tl.maximum(covered, latest), mask=there)
+
+
+@triton.jit
+def _gain(pairs, cover, column, real, items, p_n, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """What each column would add to the coverage; rows are summed up last, so that no block waits for another."""
+    parts = tl.zeros([ROWS, BLOCK], tl.float32)
+    for at in range(0, items, ROWS):
+        row = at + tl.arange(0, ROWS)[:, None]
+        there = row < items
         covered = tl.load(cover + row, mask=there, other=float("inf"))
-        latest = tl.load(pairs + pick.to(tl.int64) * p_n + row, mask=there & (step > 0), other=float("-inf"))
-        covered = tl.maximum(covered, latest)
-        tl.store(cover + row, covered, mask=there)
-        inside = there[:, None] & real[None]
-        value = tl.load(pairs + row[:, None].to(tl.int64) * p_n + column[None], mask=inside, other=float("-inf"))
-        gain += tl.sum(tl.maximum(value - covered[:, None], 0.0), 0)
-    return gain
+        inside = there & real[None]
+        value = tl.load(pairs + row.to(tl.int64) * p_n + column[None], mask=inside, other=float("-inf"))
+        parts += tl.maximum(value - covered, 0.0)
+    return tl.sum(parts, 0)
 
 
 @triton.jit
 def _explained(factor, pick, step, column, real, items, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Product of the pick's column of the Cholesky factor, as far as it is known, with all other columns."""
-    known = tl.zeros([BLOCK], tl.float32)
+    parts = tl.zeros([ROWS, BLOCK], tl.float32)
     for at in range(0, step, ROWS):
-        k = at + tl.arange(0, ROWS)
-        mine = tl.load(factor + k * items + pick, mask=k < step, other=0.0)
-        inside = (k < step)[:, None] & real[None]
-        theirs = tl.load(factor + k[:, None] * items + column[None], mask=inside, other=0.0)
-        known += tl.sum(mine[:, None] * theirs, 0)
-    return known
+        k = at + tl.arange(0, ROWS)[:, None]
+        there = k < step
+        mine = tl.load(factor + k * items + pick, mask=there, other=0.0)
+        theirs = tl.load(factor + k * items + column[None], mask=there & real[None], other=0.0)
+        parts += mine * theirs
+    return tl.sum(parts, 0)
 
 
 @triton.jit
@@ -81,12 +89,11 @@ def _select(
         scratch += unit * steps * items
     if RULE == "coverage":
         scratch += (unit * PARTS + part) * items
-    pick = part * 0
     for step in range(0, steps):
         if RULE == "max_min":
             score = state
         elif RULE == "coverage":
-            score = _gain(pairs, scratch, pick, step, column, real, items, p_n, BLOCK, ROWS) * state
+            score = _gain(pairs, scratch, column, real, items, p_n, BLOCK, ROWS) * state
         else:
             score = tl.where(remaining > state, remaining, 0.0)
         packed = tl.max(tl.where(left, _packed(score, column), _LOWEST), 0)
@@ -102,7 +109,10 @@ def _select(
         if part == 0:
             tl.store(order + unit * steps + step, pick.to(tl.int64))
         left = left & (column != pick)
-        if RULE != "coverage":
+        if RULE == "coverage":
+            _cover(pairs, scratch, pick, items, p_n, 1024)
+            tl.debug_barrier()  # every thread of the program reads it
+        else:
             row = tl.load(pairs + pick.to(tl.int64) * p_n + column, mask=real, other=0.0)
             if RULE == "max_min":
                 state = tl.where(step == 0, row, tl.minimum(state, row))
@@ -118,7 +128,7 @@ def _select(
 def greedy_select(
     pairs: torch.Tensor, valid: torch.Tensor, first: torch.Tensor, steps: int, objective: str, **override: Any
 ) -> torch.Tensor:
-    """See the public function; `first` is what `reference.first_scores` gives. `override`: PARTS, num_warps."""
+    """See the public function; `first` is what `reference.first_scores` gives. `override`: PARTS, TILE, num_warps."""
     units, items = valid.shape
     device = pairs.device
     pairs = pairs.float()
@@ -138,12 +148,13 @@ def greedy_select(
         scratch = torch.empty(units, steps, items, dtype=torch.float32, device=device)
     else:
         scratch = first
-    sizes = {"num_warps": 8 if objective == "coverage" or block > 1024 else 4} | override
+    rows = max(1, override.pop("TILE", _TILE) // block)
+    sizes = {"ROWS": rows, "num_warps": 16 if objective == "max_min" and block > 2048 else 8} | override
     if device.type == "cuda" and parts > 1:
         sizes["launch_cooperative_grid"] = True
     _select[(parts, units)](
         pairs, valid, first.contiguous(), order, best, arrivals, scratch, pairs.stride(0), pairs.stride(1), items,
-        steps, RULE=objective, PARTS=parts, BLOCK=block, ROWS=max(1, _TILE // block), **sizes,
+        steps, RULE=objective, PARTS=parts, BLOCK=block, **sizes,
     )  # fmt: skip
     return order
 
@@ -155,5 +166,5 @@ def shares(units: int, items: int, objective: str, device: torch.device) -> int:
     """
     if device.type != "cuda" or objective == "max_min" or (objective == "volume" and items <= 1024):
         return 1
-    smallest = 32 if objective == "coverage" else 128
-    return power_below(min(processors(device) // units, -(-items // smallest)))
+    smallest = 32 if objective == "coverage" else 64
+    return max(1, min(processors(device) // units, -(-items // smallest)))

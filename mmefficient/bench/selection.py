@@ -1,7 +1,7 @@
 """What choosing tokens costs: greedy selection beside plain torch loops, and whole decisions of methods.
 
-    python -m mmefficient.bench selection
-    python -m mmefficient.bench selection --plan "divprune(keep=0.111)" --plan "scope(keep=0.111)" --out selection.json
+    mmefficient bench selection
+    mmefficient bench selection --plan "divprune(keep=0.111)" --plan "scope(keep=0.111)" --out selection.json
 
 Inputs are random and of LLaVA's sizes: one picture of 576 patches, five crops of 576, and one unit of 2,880. Times are
 medians of wall time from an idle device to an idle device, launches included, in milliseconds. Picks of the kernel are
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from mmefficient.errors import PlanError
 from mmefficient.kernels.greedy_select import Objective, greedy_select
 from mmefficient.loading import resolve_device
 from mmefficient.plan import Plan
-from mmefficient.points import Reducer, TowerTokens, Unit, VisualTokens
+from mmefficient.points import LayerTokens, MatchTokens, Reducer, TowerTokens, Unit, VisualTokens
 
 CASES = ((1, 576), (5, 576), (1, 2880))
 """Units and patches per unit; a ninth of them stays."""
@@ -34,9 +35,16 @@ CASES = ((1, 576), (5, 576), (1, 2880))
 PLANS = (
     "divprune(keep=0.1111)",
     "scope(keep=0.1111)",
+    "cdpruner(keep=0.1111,matcher=embeddings)",
     "vispruner(keep=0.1111)",
     "visionzip(dominant=54,contextual=10)",
+    "prumerge(keep=0.1111)",
+    "prumerge",
+    "hiprune(keep=0.1111)",
+    "trim(keep=0.1111,matcher=embeddings)",
+    "fastervlm(keep=0.1111)",
 )
+KNOWN = {"tower", "full_grid", "match"}
 OBJECTIVES: tuple[Objective, ...] = ("max_min", "coverage", "volume")
 
 
@@ -64,9 +72,7 @@ def run(
         steps = round(items / 9)
         rows += [_objective(tokens, steps, objective, repeats) for objective in OBJECTIVES]
         for reducer in reducers:
-            counts = [reducer.budget(unit) for unit in tokens.units]
-            ms = median_ms(partial(reducer.reduce, tokens, counts), target, repeats)
-            rows.append({"by": str(reducer), "units": units, "items": items, "kept": counts[0], "ms": ms})
+            rows.append(_method(reducer, tokens, repeats))
     return {
         "benchmark": "selection",
         "command": shlex.join(sys.argv),
@@ -92,12 +98,15 @@ def random_tokens(units: int, items: int, width: int, tower_width: int, device: 
         draw(units, items).abs() / items,
         draw(units, items, 64),
     )
+    hidden = (draw(units, items, width) + draw(width)).bfloat16()
+    everything = torch.ones(units, items, dtype=torch.bool, device=device)
     return VisualTokens(
         tuple(Unit(0, f"image {unit}", unit, items, grids) for unit in range(units)),
-        (draw(units, items, width) + draw(width)).bfloat16(),
-        torch.ones(units, items, dtype=torch.bool, device=device),
+        hidden,
+        everything,
         torch.ones(units, items, device=device),
         tower=tower,
+        match=MatchTokens(draw(units, items, 768), draw(units, 1, 768), everything[:, :1], inverted=True),
     )
 
 
@@ -121,9 +130,29 @@ def _wait(device: torch.device) -> None:
 def _single(plan: str) -> Reducer:
     methods = Plan(plan).methods
     one = methods[0] if len(methods) == 1 else None
-    if not isinstance(one, Reducer) or one.site or one.staged or not one.needs <= {"tower", "full_grid"}:
-        raise PlanError(f"{plan!r} is not one method at the language model's input that needs no more than the tower.")
+    if not isinstance(one, Reducer) or one.site or one.staged or not one.needs <= KNOWN:
+        raise PlanError(f"{plan!r} is not one method that decides at the language model's input, from what is there.")
     return one
+
+
+def _method(reducer: Reducer, tokens: VisualTokens, repeats: int) -> dict[str, Any]:
+    """One whole decision: products, loops and sorts, from what the vision tower and the matcher have left."""
+    assert tokens.tower is not None
+    own = tokens.tower
+    layers = {
+        layer: LayerTokens(own.attention.roll(number + 1, 1), own.features if layer.joined else own.keys)
+        for number, layer in enumerate(reducer.tower_layers)
+    }
+    tokens = replace(tokens, tower=replace(own, layers=layers))
+    if reducer.adaptive:
+        decide: Callable[[], Any] = partial(reducer.choose, tokens)
+        kept = reducer.choose(tokens)[1][0]
+    else:
+        counts = [reducer.budget(unit) for unit in tokens.units]
+        decide, kept = partial(reducer.reduce, tokens, counts), counts[0]
+    units, items = tokens.valid.shape
+    ms = median_ms(decide, tokens.valid.device, repeats)
+    return {"by": str(reducer), "units": units, "items": items, "kept": kept, "ms": ms}
 
 
 def _objective(tokens: VisualTokens, steps: int, objective: Objective, repeats: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 
 from mmefficient.kernels.compact import reference as compact_reference
 from mmefficient.kernels.decode_attention import reference as decode_reference
+from mmefficient.kernels.drop_alike import reference as drop_reference
 from mmefficient.kernels.greedy_select import reference as greedy_reference
 from mmefficient.kernels.grouped_attention import reference as grouped_reference
 from mmefficient.kernels.key_scores import reference as scores_reference
@@ -18,6 +19,7 @@ REFERENCES = {
     scores_reference: "key_scores",
     compact_reference: "gather_rows",
     greedy_reference: "greedy_select",
+    drop_reference: "drop_alike",
 }
 
 

@@ -21,7 +21,7 @@ from mmefficient.methods.reducers.pool import Pool, overlaps
 from mmefficient.methods.reducers.random import Random
 from mmefficient.methods.reducers.scope import Scope
 from mmefficient.methods.reducers.visionzip import VisionZip
-from mmefficient.methods.reducers.vispruner import VisPruner, diverse
+from mmefficient.methods.reducers.vispruner import VisPruner
 from mmefficient.points import Reducer, Selection, TowerTokens, Unit, VisualTokens, resolve_budget, select_top
 
 
@@ -246,7 +246,6 @@ def test_vispruner_equals_the_slow_rule(keep: float | int, share: float) -> None
 
 
 def test_vispruner_limits() -> None:
-    assert len(diverse(torch.ones(3, 2), torch.arange(1), 0)) == 0
     with pytest.raises(PlanError, match="important"):
         VisPruner(important=1.5)
 

@@ -31,6 +31,10 @@ class Downsample(Reducer):
         default="keep", metadata=about("'keep' the position ids, or 'compact' them", quiet=True)
     )
 
+    @property
+    def thins(self) -> bool:
+        return True
+
     def attach(self, adapter: Adapter) -> list[Callable[[], Any]]:
         return SmallerPictures(adapter, self.keep).attach()
 

@@ -19,6 +19,7 @@ class FasterVLM(Reducer):
     summary: ClassVar[str] = "keep the patches the CLS token looks at"
     needs: ClassVar[frozenset[str]] = frozenset({"tower"})
     scope: ClassVar[Scope] = "tile"
+    class_token: ClassVar[str] = "attention from all patches of that layer"
 
     keep: float | int = field(
         default=0.25, metadata=about("visual tokens that stay, per crop: a fraction in (0, 1] or a count")

@@ -23,6 +23,7 @@ class Scope(Reducer):
     summary: ClassVar[str] = "keep patches that cover the picture, weighted by what the CLS token looks at"
     needs: ClassVar[frozenset[str]] = frozenset({"tower"})
     scope: ClassVar[Sharing] = "tile"
+    class_token: ClassVar[str] = "attention from all patches of that layer"
 
     keep: float | int = field(
         default=0.25, metadata=about("visual tokens that stay, per crop: a fraction in (0, 1] or a count")

@@ -42,6 +42,10 @@ class ToMe(Reducer):
         if self.where not in ("tower", "output"):
             raise PlanError(f"tome: where={self.where!r} is neither 'tower' nor 'output'.")
 
+    @property
+    def thins(self) -> bool:
+        return self.where == "tower"
+
     def stages(self, checkpoint: Checkpoint) -> tuple[Reducer, ...]:
         stage = _Inside if self.where == "tower" else _After
         return (stage(self.keep, self.positions),)

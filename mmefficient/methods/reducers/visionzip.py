@@ -33,6 +33,7 @@ class VisionZip(Reducer):
     summary: ClassVar[str] = "keep the patches the CLS token looks at, merge the rest into a few contextual tokens"
     needs: ClassVar[frozenset[str]] = frozenset({"tower"})
     scope: ClassVar[Scope] = "tile"
+    class_token: ClassVar[str] = "attention from all patches of that layer"
     space: ClassVar[Literal["lm", "tower"]] = "tower"
 
     dominant: float | int = field(

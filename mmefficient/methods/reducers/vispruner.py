@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from mmefficient.errors import PlanError
+from mmefficient.kernels.drop_alike import drop_alike
 from mmefficient.points import Positions, Reducer, Scope, Selection, VisualTokens, about, order_selection
 
 STEP = 8  # patches removed per round, as released
@@ -24,6 +25,7 @@ class VisPruner(Reducer):
     summary: ClassVar[str] = "keep the patches the CLS token looks at, and the most diverse of the rest"
     needs: ClassVar[frozenset[str]] = frozenset({"tower"})
     scope: ClassVar[Scope] = "tile"
+    class_token: ClassVar[str] = "attention from all patches of that layer"
 
     keep: float | int = field(
         default=0.25, metadata=about("visual tokens that stay, per crop: a fraction in (0, 1] or a count")
@@ -43,29 +45,16 @@ class VisPruner(Reducer):
         features = F.normalize(tokens.tower.features.float(), dim=-1)
         attention = tokens.tower.attention.masked_fill(~tokens.valid, float("-inf"))
         ranked = attention.argsort(dim=1, descending=True, stable=True)
-        order = torch.zeros(len(counts), max(counts), dtype=torch.long, device=ranked.device)
-        for place, (unit, count) in enumerate(zip(tokens.units, counts, strict=True)):
-            important = int(count * self.important)
-            rest = diverse(features[place], ranked[place, important : unit.count], count - important)
-            order[place, :count] = torch.cat([ranked[place, :important], rest])
-        return order_selection(order, counts)
-
-
-def diverse(features: torch.Tensor, candidates: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` of the `candidates` (places, best first), after repeatedly dropping those most like another one.
-
-    Each round splits the list into even and odd places and drops the (at most `STEP`) even ones that are most like
-    an odd one; the even ones that stay, most alike first, precede the odd ones in the next round.
-
-    Args:
-        features: [N, D], normalised; candidates: int64 [R].
-    """
-    if count == 0:
-        return candidates[:0]
-    while len(candidates) > count:
-        even, odd = candidates[::2], candidates[1::2]
-        drop = min(STEP, len(candidates) - count, len(even))
-        likeness = (features[even] @ features[odd].T).amax(1)
-        stay = likeness.argsort(descending=True, stable=True)[drop:]
-        candidates = torch.cat([even[stay], odd])
-    return candidates
+        important = [int(count * self.important) for count in counts]
+        rest = drop_alike(
+            features @ features.transpose(1, 2),
+            ranked,
+            important,
+            [unit.count for unit in tokens.units],
+            [count - first for count, first in zip(counts, important, strict=True)],
+            step=STEP,
+        )
+        place = torch.arange(max(counts), device=ranked.device)
+        later = place - torch.tensor(important, device=ranked.device)[:, None]
+        others = F.pad(rest, (0, 1)).gather(1, later.clamp(0, rest.shape[1]))
+        return order_selection(torch.where(later < 0, ranked[:, : max(counts)], others), counts)

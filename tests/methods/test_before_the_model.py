@@ -1,0 +1,286 @@
+"""What methods before the language model decide, against one-token-at-a-time computations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmefficient.errors import BudgetError, PlanError
+from mmefficient.merging import match, schedule
+from mmefficient.methods.reducers.cdpruner import CDPruner
+from mmefficient.methods.reducers.hiprune import HiPrune
+from mmefficient.methods.reducers.prumerge import LAST, PruMerge
+from mmefficient.methods.reducers.tome import ToMe, _After
+from mmefficient.methods.reducers.trim import Trim
+from mmefficient.points import LayerTokens, MatchTokens, Reducer, Selection, VisualTokens, resolve_budget
+from tests.methods.test_reducers import decide, tokens
+
+Found = dict[int, torch.Tensor]
+"""Place of every token that stays, and what it is mixed from."""
+
+
+def chosen(method: Reducer, given: VisualTokens) -> tuple[Selection, list[list[int]]]:
+    """The selection of an adaptive method, and the kept places of every unit."""
+    selection, counts = method.choose(given)
+    assert selection.valid.sum(1).tolist() == counts
+    kept = [row[:count].tolist() for row, count in zip(selection.index, counts, strict=True)]
+    assert all(places == sorted(set(places)) for places in kept)
+    return selection, kept
+
+
+def compare(selection: Selection, kept: Sequence[list[int]], given: VisualTokens, expected: Sequence[Found]) -> None:
+    assert selection.mix is not None
+    for row, (unit, found) in enumerate(zip(given.units, expected, strict=True)):
+        assert kept[row] == sorted(found)
+        wanted = torch.stack([found[place] for place in sorted(found)])
+        torch.testing.assert_close(selection.mix[row, : len(found), : unit.count], wanted)
+
+
+def with_layers(given: VisualTokens, method: Reducer, ties: bool = False) -> VisualTokens:
+    """Random facts of the tower layers that `method` reads; `ties`: few different values."""
+    assert given.tower is not None
+    shape = given.valid.shape
+    layers = {}
+    for layer in method.tower_layers:
+        attention = torch.rand(shape) ** 4 / 4
+        layers[layer] = LayerTokens((attention * 16).round() / 16 if ties else attention, torch.randn(*shape, 7))
+    return replace(given, tower=replace(given.tower, layers=layers))
+
+
+def best_first(scores: torch.Tensor) -> list[int]:
+    return sorted(range(len(scores)), key=lambda place: (-float(scores[place]), place))
+
+
+def standing_out(scores: torch.Tensor) -> int:
+    low, high = np.percentile(scores.numpy(), [25, 75])
+    return int(sum(float(score) > high + 1.5 * (high - low) for score in scores))
+
+
+def slow_prumerge(facts: LayerTokens, keep: float | int | None, plus: bool) -> Found:
+    """The released rule, one patch at a time; a given budget is split as the method's page says."""
+    count = len(facts.attention)
+    ranked = best_first(facts.attention)
+    if keep is None:
+        out = standing_out(facts.attention)
+        held = set(ranked[: max(1, out)])
+        if plus:
+            held |= set(range(0, count - 1, max(1, int(int(1 / (out / count)) / 3) if out else count // 3)))
+    else:
+        budget = keep if isinstance(keep, int) else max(1, int(keep * count + 0.5))
+        wanted = budget if budget == count else max(1, budget - 1)
+        held = set(ranked[: max(1, wanted // 4) if plus else wanted])
+        free = [place for place in range(count) if place not in held]
+        more = wanted - len(held)
+        held |= {free[math.ceil((i + 1) * len(free) / more) - 1] for i in range(more)}
+    found: Found = {}
+    for place in held:
+        mix = torch.zeros(count)
+        mix[place] = 1
+        others = [i for i in range(count) if i != place]
+        others.sort(key=lambda i: -float(F.cosine_similarity(facts.keys[place], facts.keys[i], dim=0)))
+        for i in others[:32]:
+            mix[i] += facts.attention[i]
+        found[place] = mix
+    rest = [place for place in range(count) if place not in held]
+    if rest and (keep is None or len(held) < budget):
+        found[rest[-1]] = torch.tensor([float(facts.attention[i]) if i in rest else 0.0 for i in range(count)])
+    return found
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("keep", [None, 6, 0.5, 1.0, 1])
+def test_prumerge_equals_the_slow_rule(keep: float | int | None, plus: bool) -> None:
+    method = PruMerge(keep=keep, plus=plus)
+    for seed, ties in ((0, False), (1, True)):
+        given = with_layers(tokens((8, 6), (3, 4), (2, 3), seed=seed), method, ties)
+        assert given.tower is not None
+        facts = given.tower.layers[LAST]
+        selection, kept = chosen(method, given)
+        each = [LayerTokens(facts.attention[u.row, : u.count], facts.keys[u.row, : u.count]) for u in given.units]
+        compare(selection, kept, given, [slow_prumerge(one, keep, plus) for one in each])
+
+
+def test_prumerge_refuses_more_than_there_is() -> None:
+    method = PruMerge(keep=7)
+    with pytest.raises(BudgetError, match="row 1 has 6 visual tokens"):
+        method.choose(with_layers(tokens((3, 4), (2, 3)), method))
+
+
+def slow_hiprune(middle: torch.Tensor, late: torch.Tensor, width: int, count: int, alpha: float) -> list[int]:
+    anchors = best_first(middle)[: round(count * alpha / 5)]
+    near = [place + move for place in anchors for move in (0, -1, 1, -width, width)]
+    held = {min(max(place, 0), len(middle) - 1) for place in near}
+    for place in best_first(late):
+        if len(held) < count:
+            held.add(place)
+    return sorted(held)
+
+
+@pytest.mark.parametrize(("keep", "alpha"), [(0.5, 0.1), (10, 0.9), (20, 0.5), (1, 0.1), (1.0, 1.0)])
+def test_hiprune_equals_the_slow_rule(keep: float | int, alpha: float) -> None:
+    method = HiPrune(keep=keep, alpha=alpha)
+    for ties in (False, True):
+        grids = [(6, 8), (5, 5), (4, 8)]
+        given = with_layers(tokens(*grids), method, ties)
+        assert given.tower is not None
+        middle, late = (given.tower.layers[layer].attention for layer in method.tower_layers)
+        _, kept = decide(method, given)
+        for unit, (_, width) in zip(given.units, grids, strict=True):
+            facts = (x[unit.row, : unit.count] for x in (middle, late))
+            assert kept[unit.row] == slow_hiprune(*facts, width, resolve_budget(keep, unit), alpha)
+
+
+def test_hiprune_reads_the_ninth_of_24_layers() -> None:
+    assert HiPrune().tower_layers[0].layer == 0.375
+    with pytest.raises(PlanError, match="alpha=2"):
+        HiPrune(alpha=2)
+
+
+def with_match(given: VisualTokens, pieces: Sequence[int], inverted: bool = True) -> VisualTokens:
+    """Random patches and questions of `pieces` pieces each."""
+    valid = torch.arange(max(pieces)) < torch.tensor(pieces)[:, None]
+    patches = torch.randn(*given.valid.shape, 9) + 1
+    return replace(given, match=MatchTokens(patches, torch.randn(len(pieces), max(pieces), 9), valid, inverted))
+
+
+def slow_relevance(found: MatchTokens, row: int, count: int) -> list[float]:
+    pieces = found.texts[row, found.valid[row]]
+    sign = -1 if found.inverted else 1
+    patches = found.patches[row, :count]
+    return [sign * sum(float(F.cosine_similarity(p, t, dim=0)) for t in pieces) / len(pieces) for p in patches]
+
+
+def slow_cdpruner(hidden: torch.Tensor, length: Sequence[float], count: int) -> list[int]:
+    """Always the patch that makes the determinant of the picked block the largest."""
+    places = range(len(hidden))
+    features = F.normalize(hidden.double(), dim=-1)
+    kernel = features @ features.T * torch.tensor(length).double()[:, None] * torch.tensor(length).double()
+    picked: list[int] = []
+    while len(picked) < count:
+        volume = {j: float(torch.linalg.det(kernel[[*picked, j]][:, [*picked, j]])) for j in places if j not in picked}
+        picked.append(max(volume, key=lambda j: volume[j]))
+    return sorted(picked)
+
+
+@pytest.mark.parametrize("inverted", [True, False])
+@pytest.mark.parametrize("keep", [1, 3, 0.3])
+def test_cdpruner_equals_the_slow_rule(keep: float | int, inverted: bool) -> None:
+    given = with_match(tokens((4, 5), (2, 3), (3, 3)), (2, 1, 3), inverted)
+    units = tuple(replace(unit, row=row) for unit, row in zip(given.units, (0, 0, 2), strict=True))
+    given = replace(given, units=units)
+    assert given.match is not None
+    raw = [slow_relevance(given.match, place, unit.count) for place, unit in enumerate(units)]
+    _, kept = decide(CDPruner(keep=keep), given)
+    for place, unit in enumerate(units):
+        together = [
+            value for other, values in zip(units, raw, strict=True) if other.row == unit.row for value in values
+        ]
+        low, high = min(together), max(together)
+        length = [(value - low + 1e-6) / (high - low) for value in raw[place]]
+        count = resolve_budget(keep, unit)
+        assert kept[place] == slow_cdpruner(given.hidden[place, : unit.count], length, count)
+
+
+def test_cdpruner_takes_copies_last() -> None:
+    given = with_match(tokens((2, 4)), (1,))
+    assert given.match is not None
+    hidden, patches = given.hidden.clone(), given.match.patches.clone()
+    hidden[0, 6], patches[0, 6] = hidden[0, 1], patches[0, 1]
+    _, [kept] = decide(CDPruner(keep=7), replace(given, hidden=hidden, match=replace(given.match, patches=patches)))
+    assert kept == [0, 1, 2, 3, 4, 5, 7]
+
+
+def slow_trim(found: MatchTokens, row: int, count: int, keep: float | int | None) -> Found:
+    pieces = F.normalize(found.texts[row, found.valid[row]], dim=-1)
+    products = [sum(float(p @ t) for t in pieces) / len(pieces) for p in found.patches[row, :count]]
+    scores = torch.tensor([-x if found.inverted else x for x in products]).softmax(0)
+    budget = max(1, standing_out(scores)) + 1 if keep is None else keep
+    budget = budget if isinstance(budget, int) else max(1, int(budget * count + 0.5))
+    held = best_first(scores)[: count if budget >= count else max(1, budget - 1)]
+    mixes = {place: F.one_hot(torch.tensor(place), count).float() for place in held}
+    rest = [place for place in range(count) if place not in held]
+    if rest and budget > len(held):
+        mixes[rest[-1]] = torch.tensor([1 / len(rest) if place in rest else 0.0 for place in range(count)])
+    return mixes
+
+
+@pytest.mark.parametrize("inverted", [True, False])
+@pytest.mark.parametrize("keep", [None, 4, 0.5, 1.0, 1])
+def test_trim_equals_the_slow_rule(keep: float | int | None, inverted: bool) -> None:
+    given = with_match(tokens((5, 6), (2, 3), (2, 2)), (1, 3, 2), inverted)
+    assert given.match is not None
+    selection, kept = chosen(Trim(keep=keep), given)
+    compare(selection, kept, given, [slow_trim(given.match, u.row, u.count, keep) for u in given.units])
+
+
+def slow_round(metric: list[torch.Tensor], leaving: int, lead: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+    """One round of the released rule: the order of what is left, and pairs (from, into)."""
+    even, odd = list(range(0, len(metric), 2)), list(range(1, len(metric), 2))
+    pairs = []
+    for i in even[1:] if lead else even:
+        likeness = [float(F.cosine_similarity(metric[i], metric[j], dim=0)) for j in odd]
+        pairs.append((max(likeness), i, odd[likeness.index(max(likeness))]))
+    pairs.sort(key=lambda pair: (-pair[0], pair[1]))
+    merged = [(i, j) for _, i, j in pairs[:leaving]]
+    gone = {i for i, _ in merged}
+    return [i for i in even if i not in gone] + odd, merged
+
+
+def slow_tome(keys: torch.Tensor, count: int) -> Found:
+    """Merging until `count` are left, lists only."""
+    held = len(keys)
+    metric, share, home = list(keys), list(torch.eye(held)), list(range(held))
+    while len(metric) > count:
+        order, merged = slow_round(metric, min(len(metric) - count, len(metric) // 2))
+        size = [float(row.count_nonzero()) for row in share]
+        total = {j: (metric[j] * size[j], share[j] * size[j], size[j]) for j in order}
+        for i, j in merged:
+            total[j] = tuple(x + y * size[i] for x, y in zip(total[j], (metric[i], share[i], 1.0), strict=True))
+        metric = [total[j][0] / total[j][2] for j in order]
+        share = [total[j][1] / total[j][2] for j in order]
+        home = [home[j] for j in order]
+    return dict(zip(home, share, strict=True))
+
+
+@pytest.mark.parametrize("keep", [1, 5, 0.4, 1.0])
+def test_tome_after_the_tower_equals_the_slow_rule(keep: float | int) -> None:
+    given = tokens((5, 5), (2, 3), (5, 5), (3, 4))
+    assert given.tower is not None
+    method = _After(keep, "keep")
+    selection, kept = decide(method, given)
+    facts = [given.tower.keys[unit.row, : unit.count] for unit in given.units]
+    expected = [slow_tome(keys, resolve_budget(keep, unit)) for keys, unit in zip(facts, given.units, strict=True)]
+    compare(selection, kept, given, expected)
+
+
+@pytest.mark.parametrize("lead", [False, True])
+def test_one_round_of_merging(lead: bool) -> None:
+    """Ties included: equal likenesses go to the earlier token."""
+    metric = torch.randint(-1, 2, (2, 11, 3)).float()
+    size = torch.randint(1, 4, (2, 11)).float()
+    merge = match(metric, 4, lead)
+    for row in range(2):
+        order, merged = slow_round(list(metric[row]), 4, lead)
+        assert merge.keep(torch.arange(11).expand(2, -1))[row].tolist() == order
+        total = {j: float(size[row, j]) for j in order}
+        for i, j in merged:
+            total[j] += float(size[row, i])
+        assert merge.add(size)[row].tolist() == [total[j] for j in order]
+
+
+def test_schedules() -> None:
+    assert schedule(576, 64, 22)[:3] == [576, 553, 529]
+    assert schedule(576, 64, 6)[-1] == 64
+    assert schedule(16, 4, 2) == [16, 8, 4]
+    assert schedule(16, 16, 0) == [16]
+    for arguments in ((16, 3, 2), (16, 8, 0)):
+        with pytest.raises(PlanError, match="keep more"):
+            schedule(*arguments)
+    with pytest.raises(PlanError, match="where="):
+        ToMe(where="both")  # type: ignore[arg-type]
