@@ -93,7 +93,7 @@ def _decode(file: IO[bytes], name: str) -> Image.Image:
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
-        return _flatten(ImageOps.exif_transpose(image))
+        return _flatten(ImageOps.exif_transpose(image))  # which is a copy, turned or not
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _bomb(name) from error
     except Exception as error:  # as above, now for damaged pixel data or metadata
@@ -108,13 +108,14 @@ def _bomb(name: str) -> InputError:
 
 
 def _flatten(image: Image.Image) -> Image.Image:
+    """8-bit RGB without transparency; the image itself where it is that already."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it to white
         grey = np.asarray(image).astype(np.float64).clip(0, 65535)
         image = Image.fromarray((grey / 257).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+    return image.convert("RGB") if image.mode != "RGB" else image
 
 
 def _from_array(array: np.ndarray, channels_first: bool) -> Image.Image:
@@ -127,7 +128,7 @@ def _from_array(array: np.ndarray, channels_first: bool) -> Image.Image:
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    return _flatten(Image.fromarray(np.ascontiguousarray(_to_bytes(array))))
+    return _flatten(Image.fromarray(np.ascontiguousarray(_to_bytes(array))).copy())
 
 
 def _to_bytes(array: np.ndarray) -> np.ndarray:

@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import StaticCache
 
 from mmefficient.errors import InputError
 from mmefficient.plan import Plan
+
+ROOM = 64
+"""Tokens that a static cache has left for the answer, at least; its length is a multiple."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,9 @@ class Engine:
 
     Attributes:
         ours: runs inside `Plan.apply`, also with the empty plan; stock engines carry no plan.
-        apply: keywords of `Plan.apply`; generate: keywords of `model.generate`.
+        apply: keywords of `Plan.apply`.
+        static: with a `StaticCache` that is kept from call to call, for which transformers compiles decoding on CUDA. A
+            new one every time would leave CUDA graphs that were recorded for an old one with addresses that are gone.
         device: the only device type it exists on; None = any.
         scores: reducers are called from Python in every call, so that their share can be timed.
     """
@@ -28,7 +34,7 @@ class Engine:
     what: str
     ours: bool = False
     apply: Mapping[str, Any] = field(default_factory=dict)
-    generate: Mapping[str, Any] = field(default_factory=dict)
+    static: bool = False
     device: str | None = None
     scores: bool = False
 
@@ -37,8 +43,8 @@ ENGINES = (
     Engine("hf", "stock generate, default cache"),
     Engine(
         "hf-static",
-        "stock generate, cache_implementation='static': decoding is compiled",
-        generate={"cache_implementation": "static"},
+        "stock generate with a StaticCache: decoding is compiled",
+        static=True,
         device="cuda",
     ),
     Engine("eager", "ours, attached to the stock modules", ours=True, scores=True),
@@ -64,6 +70,7 @@ class Runner:
     def __init__(self, model: Any, engine: Engine, plan: Plan) -> None:
         self.model, self.engine, self.plan = model, engine, plan
         self._compiled: Any = None
+        self._caches: dict[tuple[int, int], StaticCache] = {}
 
     def __str__(self) -> str:
         return f"{self.engine.name} {self.plan}"
@@ -76,13 +83,21 @@ class Runner:
         """int64 [B, tokens]: the greedy continuation of `inputs`, without the prompt."""
         if self._compiled is not None:  # a plan that another engine carried has thrown it away
             self.model.__dict__["_compiled_call"] = self._compiled
+        if self.engine.static:
+            options["past_key_values"] = self._cache(*inputs["input_ids"].shape)
         with self.attached():
-            ids = self.model.generate(
-                **inputs, **self.engine.generate, do_sample=False, max_new_tokens=tokens, **options
-            )
+            ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=tokens, **options)
         if not self.engine.ours:
             self._compiled = self.model.__dict__.pop("_compiled_call", None)
         return ids[:, inputs["input_ids"].shape[1] :]
+
+    def _cache(self, batch: int, length: int) -> StaticCache:
+        room = -(-length // ROOM) * ROOM + ROOM
+        cache = self._caches.setdefault(
+            (batch, room), StaticCache(self.model.config.get_text_config(decoder=True), max_cache_len=room)
+        )
+        cache.reset()
+        return cache
 
 
 def prepare(model: Any) -> None:

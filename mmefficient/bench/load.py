@@ -26,7 +26,7 @@ import torch
 
 from mmefficient.bench.measure import Row, spread
 from mmefficient.bench.preprocess import photo
-from mmefficient.bench.result import Target, header
+from mmefficient.bench.result import Target, header, note
 from mmefficient.bench.tables import cell, markdown
 from mmefficient.errors import InputError
 from mmefficient.plan import Plan
@@ -83,6 +83,7 @@ def run(
         return vlm.ask(request.picture, request.question, plan=request.plan, **options).text
 
     alone = {request: [ask(request) for _ in range(ALONE)][-1] for request in good}
+    note(f"asked {len(good)} kinds of request alone")
     draw = random.Random(1)
     queue = []
     for number in range(requests):

@@ -14,6 +14,7 @@ from mmefficient.bench.engines import Engine, Runner
 from mmefficient.bench.floors import Ceilings, Work, decode_work, prefill_work, vision_work, wall_ms
 from mmefficient.bench.gate import verdicts
 from mmefficient.bench.presets import visual_tokens
+from mmefficient.bench.result import note
 from mmefficient.bench.timers import StageTimer
 from mmefficient.flops import kv_bytes
 from mmefficient.plan import Plan
@@ -54,14 +55,17 @@ class Bench:
         slows all of them. Time to first token is that of `generate` for one token, decoding the difference to
         `tokens`, both without a stopwatch inside. A second pass splits the first token into stages.
         """
+        batch = len(inputs["input_ids"])
         found = verdicts(self.runners, inputs, self.tokens)
+        note(f"batch {batch}: compared {len(self.runners)} rows")
         good = [runner for runner in self.runners if not isinstance(found[runner], Exception)]
         ms = self._time(good, inputs)
+        note(f"batch {batch}: timed {len(good)} rows")
         vision = vision_work(self.model, dict(inputs))
         texts = (inputs["attention_mask"].sum(1) - visual_tokens(self.model, dict(inputs))).tolist()
         rows: list[Row] = []
         for runner in self.runners:
-            row: Row = {"batch": len(texts), "engine": runner.engine.name, "plan": str(runner.plan)}
+            row: Row = {"batch": batch, "engine": runner.engine.name, "plan": str(runner.plan)}
             rows.append(row)
             if runner not in ms:
                 row["failed"] = f"{type(found[runner]).__name__}: {found[runner]}"

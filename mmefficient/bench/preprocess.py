@@ -11,7 +11,8 @@ from PIL import Image
 
 from mmefficient.bench.floors import wall_ms
 from mmefficient.bench.measure import WARM_UP, spread
-from mmefficient.images import load_image
+from mmefficient.images import load_image, to_device
+from mmefficient.loading import pixel_options
 from mmefficient.plan import Plan
 from mmefficient.vlm import VLM, user_message
 
@@ -28,7 +29,8 @@ def photo(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 def measure(model: Any, processor: Any, sizes: Sequence[tuple[int, int]], repeats: int) -> list[dict[str, Any]]:
     """Per picture size: milliseconds to decode its JPEG, and from the decoded picture and a question to inputs on the
-    device, by the stock processor and by `VLM`; and the largest difference between the pixel values of the two."""
+    device, by the stock processor and by `VLM`; and the largest difference of the pixel values, before rounding to the
+    model's dtype."""
     vlm = VLM(model, processor)
     found = []
     for size in sizes:
@@ -46,7 +48,11 @@ def measure(model: Any, processor: Any, sizes: Sequence[tuple[int, int]], repeat
                 spent = wall_ms(work, model.device)
                 if index >= 0:
                     ms[name].append(spent)
-        values = [way(picture)["pixel_values"].float() for way in (ways["stock"], ways["ours"])]
+        moved = to_device(picture, model.device)
+        values = [
+            processor.image_processor(image, return_tensors="pt", **options)["pixel_values"].cpu()
+            for image, options in ((picture, {}), (moved, pixel_options(processor, model.device)))
+        ]
         found.append(
             {
                 "picture": list(size),

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,12 @@ from mmefficient.loading import resolve_device, resolve_dtype
 from mmefficient.plan import Plan
 
 SCHEMA = "mmefficient.bench/1"
+STARTED = time.perf_counter()
+
+
+def note(text: str) -> None:
+    """Progress on stderr: a benchmark of a large model is silent for minutes otherwise."""
+    print(f"{time.perf_counter() - STARTED:6.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -42,6 +49,7 @@ class Target:
         kind = resolve_dtype("bfloat16" if dtype == "auto" and where.type == "cuda" else dtype, where)
         model, processor = load(name, where, kind, small=small)
         prepare(model)
+        note(f"loaded {name}")
         return cls(name, model, processor, floors.measure(where, kind))
 
     def engines(self, names: Sequence[str] | None) -> list[Engine]:

@@ -21,7 +21,7 @@ from mmefficient.bench.floors import prefill_work
 from mmefficient.bench.gate import verdicts
 from mmefficient.bench.measure import Row, spread
 from mmefficient.bench.presets import SMALL, prompt, visual_tokens
-from mmefficient.bench.result import Target, header
+from mmefficient.bench.result import Target, header, note
 from mmefficient.bench.tables import cell, markdown
 from mmefficient.bench.timers import StageTimer
 from mmefficient.plan import Plan
@@ -57,6 +57,7 @@ def run(
             inputs = prompt(target.model, target.processor, batch, pictures=pictures, size=side)
             if inputs["input_ids"].numel() <= MOST:
                 rows += _point(target, runners, inputs, repeats)
+                note(f"batch {batch}: timed {inputs['input_ids'].shape[1]} positions")
     fits = [
         {"engine": runner.engine.name, "plan": str(runner.plan), **fit(points)}
         for runner in runners

@@ -134,6 +134,20 @@ def test_a_compiled_decode_step_survives_the_plans_of_other_engines() -> None:
     assert seen == [compiled]
 
 
+def test_a_static_cache_keeps_its_place() -> None:
+    model = build("llava")
+    engines.prepare(model)
+    stock, static = Runner(model, Engine("hf", ""), Plan()), Runner(model, Engine("hf-static", "", static=True), Plan())
+    expected = stock.generate(inputs(), 5)
+    assert torch.equal(static.generate(inputs(), 5), expected)
+    (cache,) = static._caches.values()
+    place = cache.layers[0].keys.data_ptr()
+    assert torch.equal(static.generate(inputs(), 2), expected[:, :2])
+    assert torch.equal(static.generate(inputs(), 5), expected)
+    assert cache.layers[0].keys.data_ptr() == place
+    assert static._caches == {(2, 128): cache}
+
+
 def test_the_realised_ratio_is_one_when_the_clock_follows_the_arithmetic() -> None:
     def row(flops: float, prefill: float) -> dict[str, Any]:
         ms = {"first": {"median": prefill + 2}, "prefill": {"median": prefill}}
