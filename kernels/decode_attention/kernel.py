@@ -14,6 +14,7 @@ import triton.language as tl
 
 from mmefficient.kernels.arrivals import counters
 from mmefficient.kernels.common import processors, shared_memory
+from mmefficient.kernels.launch import launch
 
 MAX_BLOCK_M = 64  # more rows go to further programs
 RESIDENT = 4  # programs that a processor holds at a time
@@ -242,15 +243,15 @@ def decode_attention(
     if logit_map is not None:
         factors = logit_map.expand(3, batch, heads, -1)
         map_strides = factors.stride()
-    _decode[(parts, batch * kv_heads, row_blocks)](
-        q, k, v, out, lse, part_out, part_lse, arrived, lengths, lengths if starts is None else starts,
-        lengths if group is None else group, bias_row, factors, gain,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], out.stride(0) if groups else 0, *out.stride()[-4:-1],
-        0 if group is None else group.stride(0), *bias_strides, *map_strides, *gain_strides,
-        scale, batch, kv_heads, PARTS=parts, BLOCK_P=triton.next_power_of_2(parts),
-        REPEAT=repeat, NEW=new, GROUPS=copies, STARTS=starts is not None,
-        MAP=logit_map is not None, BIAS=bias is not None, GAIN=head_gain is not None, D=dim,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+    launch(
+        _decode, (parts, batch * kv_heads, row_blocks),
+        (q, k, v, out, lse, part_out, part_lse, arrived, lengths, lengths if starts is None else starts,
+         lengths if group is None else group, bias_row, factors, gain),
+        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], out.stride(0) if groups else 0, *out.stride()[-4:-1],
+         0 if group is None else group.stride(0), *bias_strides, *map_strides, *gain_strides, scale, batch, kv_heads),
+        (parts, repeat, new, copies, starts is not None, logit_map is not None, bias is not None, head_gain is not None,
+         dim, max(16, triton.next_power_of_2(dim)), settings.pop("BLOCK_M"), settings.pop("BLOCK_N"),
+         triton.next_power_of_2(parts), settings.pop("STAGES"), "ieee" if q.dtype == torch.float32 else "tf32"),
         **settings,
     )  # fmt: skip
     return out, (lse if groups else lse.squeeze(0))

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mmefficient.kernels.launch import launch
+
 
 @triton.jit
 def _one(x, w, u, norm, at_w, at_u, in_n, eps, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
@@ -112,7 +114,7 @@ def tuning(rows: int, size: int, dtype: torch.dtype) -> dict[str, int]:
     if rows == 1:
         return {"BLOCK_M": 1, "BLOCK_N": 8, "BLOCK_K": 1024, "num_warps": 4, "STAGES": 1}
     narrow = dtype == torch.float32
-    return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64 if narrow else 128, "num_warps": 4, "num_stages": 4, "STAGES": 1}
+    return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64 if narrow else 128, "num_warps": 4, "num_stages": 4}
 
 
 def decode_linear(
@@ -134,16 +136,18 @@ def decode_linear(
     rows = flat.shape[0]
     out = torch.empty(rows, total, dtype=x.dtype, device=x.device)
     added = out if residual is None else residual.reshape(rows, total)
-    settings = tuning(rows, total, x.dtype) | override
+    settings = {"STAGES": 1} | tuning(rows, total, x.dtype) | override
     blocks = sum(triton.cdiv(n, settings["BLOCK_N"]) for n in (sizes[:1] if gated else sizes))
     spare = 3 - len(weights)
     three = [*weights, *weights[:1] * spare]
     bias = [*biases, *[None] * spare]
-    _linear[(blocks,)](
-        flat, *three, *(three[0] if b is None else b for b in bias), flat if norm is None else norm, added, out,
-        flat.stride(0), *(w.stride(0) for w in three), added.stride(0), total, *sizes, *[0] * spare, rows, eps,
-        K=width, NORM=norm is not None, GATED=gated, RESIDUAL=residual is not None, BIASED0=bias[0] is not None,
-        BIASED1=bias[1] is not None, BIASED2=bias[2] is not None,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **settings,
+    launch(
+        _linear, (blocks, 1, 1),
+        (flat, *three, *(three[0] if b is None else b for b in bias), flat if norm is None else norm, added, out),
+        (flat.stride(0), *(w.stride(0) for w in three), added.stride(0), total, *sizes, *[0] * spare, rows, eps),
+        (width, norm is not None, gated, residual is not None, *(b is not None for b in bias), settings.pop("BLOCK_M"),
+         settings.pop("BLOCK_N"), settings.pop("BLOCK_K"), settings.pop("STAGES"),
+         "ieee" if x.dtype == torch.float32 else "tf32"),
+        **settings,
     )  # fmt: skip
     return out.reshape(*x.shape[:-1], total)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from mmefficient.kernels.arrivals import counters
 from mmefficient.kernels.common import processors
+from mmefficient.kernels.launch import launch
 
 
 @triton.jit
@@ -243,9 +244,12 @@ def _score_row(
         arrived = counters(batch * kv_heads, query.device)
     seen = out if mask is None else mask.expand(batch, heads, 1, keys)
     mask_strides = (0, 0, 0) if mask is None else (seen.stride(0), seen.stride(1), seen.stride(3))
-    _one_row[(blocks, batch * kv_heads)](
-        query, key, out, stats, arrived, seen, out if last is None else last.int().contiguous(),
-        out if lse is None else lse.float().contiguous(), *query.stride()[:2], *key.stride()[:3], *mask_strides,
-        kv_heads, keys, scale, REPEAT=heads // kv_heads, MASK=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
-        LAST=last is not None, LSE=lse is not None, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), **sizes,
+    launch(
+        _one_row, (blocks, batch * kv_heads, 1),
+        (query, key, out, stats, arrived, seen, out if last is None else last.int().contiguous(),
+         out if lse is None else lse.float().contiguous()),
+        (*query.stride()[:2], *key.stride()[:3], *mask_strides, kv_heads, keys, float(scale)),
+        (heads // kv_heads, 0 if mask is None else 1 if mask.dtype == torch.bool else 2, last is not None,
+         lse is not None, dim, max(16, triton.next_power_of_2(dim)), sizes["BLOCK_N"], sizes["SPAN"]),
+        num_warps=sizes["num_warps"],
     )  # fmt: skip
