@@ -50,8 +50,11 @@ def _decode(
     PARTS: tl.constexpr, REPEAT: tl.constexpr, NEW: tl.constexpr, GROUPS: tl.constexpr, STARTS: tl.constexpr,
     MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(0)
     b = tl.program_id(1) // kv_heads
     kv = tl.program_id(1) % kv_heads
@@ -251,7 +254,7 @@ def decode_attention(
          0 if group is None else group.stride(0), *bias_strides, *map_strides, *gain_strides, scale, batch, kv_heads),
         (parts, repeat, new, copies, starts is not None, logit_map is not None, bias is not None, head_gain is not None,
          dim, max(16, triton.next_power_of_2(dim)), settings.pop("BLOCK_M"), settings.pop("BLOCK_N"),
-         triton.next_power_of_2(parts), settings.pop("STAGES"), "ieee" if q.dtype == torch.float32 else "tf32"),
+         triton.next_power_of_2(parts), settings.pop("STAGES"), "ieee" if q.dtype == torch.float32 else "tf32", settings.get("launch_pdl", False)),
         **settings,
     )  # fmt: skip
     return out, (lse if groups else lse.squeeze(0))

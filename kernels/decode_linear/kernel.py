@@ -15,8 +15,45 @@ from mmefficient.kernels.launch import launch
 
 @triton.jit
 def _one(x, w, u, norm, at_w, at_u, in_n, eps, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+         OVERLAP: tl.constexpr):  # fmt: skip
     """One row against BLOCK_N rows of w, and of u if GATED; both in float32."""
+    if AHEAD:
+        k = tl.arange(0, BLOCK_K)
+        inside = in_n[:, None] & (k < K)[None]
+        y = tl.load(w + at_w[:, None] + k[None], mask=inside, other=0.0, eviction_policy="evict_first")
+        z = y
+        if GATED:
+            z = tl.load(u + at_u[:, None] + k[None], mask=inside, other=0.0, eviction_policy="evict_first")
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        square = tl.zeros([BLOCK_K], tl.float32)
+        for first in tl.range(0, K, BLOCK_K):
+            at = first + BLOCK_K + k
+            inside = in_n[:, None] & (at < K)[None]
+            y_next = tl.load(w + at_w[:, None] + at[None], mask=inside, other=0.0, eviction_policy="evict_first")
+            z_next = y_next
+            if GATED:
+                z_next = tl.load(u + at_u[:, None] + at[None], mask=inside, other=0.0, eviction_policy="evict_first")
+            a = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
+            if NORM:
+                square += a * a
+                a *= tl.load(norm + first + k, mask=first + k < K, other=0.0).to(tl.float32)
+            acc += y.to(tl.float32) * a[None]
+            if GATED:
+                up += z.to(tl.float32) * a[None]
+            y = y_next
+            z = z_next
+        scale = 1.0
+        if NORM:
+            scale = tl.rsqrt(tl.sum(square, 0) / K + eps)
+        return (tl.sum(acc, 1) * scale)[None], (tl.sum(up, 1) * scale)[None]
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     square = tl.zeros([BLOCK_K], tl.float32)
@@ -41,8 +78,12 @@ def _one(x, w, u, norm, at_w, at_u, in_n, eps, K: tl.constexpr, NORM: tl.constex
 
 @triton.jit
 def _few(x, x_m, w, u, norm, at_w, at_u, in_n, m, rows, eps, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+         OVERLAP: tl.constexpr):  # fmt: skip
     """Up to BLOCK_M rows against BLOCK_N rows of w, and of u if GATED; both in float32."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     square = tl.zeros([BLOCK_M], tl.float32)
@@ -70,7 +111,7 @@ def _linear(
     x, w0, w1, w2, b0, b1, b2, norm, residual, out, x_m, w0_n, w1_n, w2_n, r_m, out_m, n0, n1, n2, rows, eps,
     K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, BIASED0: tl.constexpr,
     BIASED1: tl.constexpr, BIASED2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     blocks0, blocks1 = tl.cdiv(n0, BLOCK_N), tl.cdiv(n1, BLOCK_N)
@@ -89,10 +130,10 @@ def _linear(
     at_w = n.to(tl.int64) * w_n
     at_u = n.to(tl.int64) * w1_n
     if BLOCK_M == 1:
-        y, up = _one(x, w, w1, norm, at_w, at_u, in_n, eps, K, NORM, GATED, BLOCK_N, BLOCK_K, STAGES)
+        y, up = _one(x, w, w1, norm, at_w, at_u, in_n, eps, K, NORM, GATED, BLOCK_N, BLOCK_K, STAGES, AHEAD, OVERLAP)
     else:
         y, up = _few(x, x_m, w, w1, norm, at_w, at_u, in_n, m, rows, eps, K, NORM, GATED,
-                     BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)  # fmt: skip
+                     BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OVERLAP)  # fmt: skip
     if BIASED0 and which == 0:
         y += tl.load(b0 + n, mask=in_n, other=0.0).to(tl.float32)[None]
     if BIASED1 and which == 1:
@@ -136,7 +177,7 @@ def decode_linear(
     rows = flat.shape[0]
     out = torch.empty(rows, total, dtype=x.dtype, device=x.device)
     added = out if residual is None else residual.reshape(rows, total)
-    settings = {"STAGES": 1} | tuning(rows, total, x.dtype) | override
+    settings = {"STAGES": 1, "AHEAD": False} | tuning(rows, total, x.dtype) | override
     blocks = sum(triton.cdiv(n, settings["BLOCK_N"]) for n in (sizes[:1] if gated else sizes))
     spare = 3 - len(weights)
     three = [*weights, *weights[:1] * spare]
@@ -147,7 +188,7 @@ def decode_linear(
         (flat.stride(0), *(w.stride(0) for w in three), added.stride(0), total, *sizes, *[0] * spare, rows, eps),
         (width, norm is not None, gated, residual is not None, *(b is not None for b in bias), settings.pop("BLOCK_M"),
          settings.pop("BLOCK_N"), settings.pop("BLOCK_K"), settings.pop("STAGES"),
-         "ieee" if x.dtype == torch.float32 else "tf32"),
+         "ieee" if x.dtype == torch.float32 else "tf32", settings.pop("AHEAD"), settings.get("launch_pdl", False)),
         **settings,
     )  # fmt: skip
     return out.reshape(*x.shape[:-1], total)

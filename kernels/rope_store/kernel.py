@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mmefficient.kernels.launch import launch
+
 BLOCK_H = 8
 
 
@@ -37,8 +39,11 @@ def _turn(
 def _rope_store(
     q, k, v, cos, sin, k_cache, v_cache, slots, out, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, angle_b, angle_n,
     kc_b, kc_h, kc_n, vc_b, vc_h, vc_n, rows, heads, kv_heads, q_blocks, k_blocks,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     b = (tl.program_id(0) // rows).to(tl.int64)
     n = tl.program_id(0) % rows
     block = tl.program_id(1)
@@ -69,6 +74,7 @@ def rope_store(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
+    **options: int,
 ) -> torch.Tensor:
     """See the public function."""
     batch, rows, heads, dim = q.shape
@@ -76,10 +82,11 @@ def rope_store(
     out = torch.empty(batch, heads, rows, dim, dtype=q.dtype, device=q.device)
     cos, sin = cos.contiguous(), sin.contiguous()
     q_blocks, k_blocks = triton.cdiv(heads, BLOCK_H), triton.cdiv(kv_heads, BLOCK_H)
-    _rope_store[(batch * rows, q_blocks + 2 * k_blocks)](
-        q, k, v, cos, sin, k_cache, v_cache, slots, out, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
-        rows, heads, kv_heads, q_blocks, k_blocks, HALF=dim // 2, BLOCK=triton.next_power_of_2(dim // 2),
-        BLOCK_H=BLOCK_H, num_warps=1 if dim <= 128 else 2,
+    launch(
+        _rope_store, (batch * rows, q_blocks + 2 * k_blocks, 1), (q, k, v, cos, sin, k_cache, v_cache, slots, out),
+        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
+         *k_cache.stride()[:3], *v_cache.stride()[:3], rows, heads, kv_heads, q_blocks, k_blocks),
+        (dim // 2, triton.next_power_of_2(dim // 2), BLOCK_H, options.get("launch_pdl", False)),
+        num_warps=1 if dim <= 128 else 2, **options,
     )  # fmt: skip
     return out
