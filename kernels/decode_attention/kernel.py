@@ -1,9 +1,8 @@
 """`decode_attention` in Triton: split-K in one launch, lengths read on the device, no value of them on the host.
 
 The query heads that share a key head are the rows of one program. A key group adds no pass: with partial results every
-row stands there once per group and sees its group alone. A program with several rows multiplies matrices, at least 16
-rows high. A program with one row multiplies and adds vectors: each place of a key block keeps a softmax of its own until
-the end, so nothing is exchanged between threads while keys stream in. The program that finishes a head last merges it.
+row stands there once per group and sees its group alone, and a program has at least 16 rows to fill anyway. The program
+that finishes its rows last merges their parts.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from mmefficient.kernels.common import processors, shared_memory
 from mmefficient.kernels.launch import launch
 
 MAX_BLOCK_M = 64  # more rows go to further programs
-RESIDENT = 4  # programs that a processor holds at a time
+RESIDENT = 2  # programs that a processor holds at a time
 
 
 @triton.jit
@@ -43,13 +42,44 @@ def _shaped(
 
 
 @triton.jit
+def _merge(
+    scratch, levels, spot, used, inside, factor, at_out, lse, d, in_d, PARTS: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts of one program's rows; reads past the L1 cache, for other processors wrote them."""
+    p = tl.arange(0, BLOCK_P)
+    here = used[:, None] & (p < PARTS)[None]
+    level = tl.load(levels + spot[:, None] * PARTS + p[None], mask=here, other=float("-inf"), cache_modifier=".cg")
+    top = tl.max(level, 1)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2(level - safe[:, None]), 1)
+    if SINGLE:  # all parts at once, instead of one after another
+        row = tl.sum(tl.where(used, spot, 0), 0) * PARTS
+        base = tl.sum(tl.where(used, safe, 0.0), 0)
+        each = tl.load(levels + row + p, mask=p < PARTS, other=float("-inf"), cache_modifier=".cg")
+        tile = (p < PARTS)[:, None] & in_d[None]
+        values = tl.load(scratch + (row + p)[:, None] * D + d[None], mask=tile, other=0.0, cache_modifier=".cg")
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + tl.sum(values * tl.exp2(each - base)[:, None], 0)[None]
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for part in tl.range(0, PARTS, loop_unroll_factor=64 // BLOCK_M):
+            at = spot * PARTS + part
+            weight = tl.exp2(tl.load(levels + at, mask=used, other=float("-inf"), cache_modifier=".cg") - safe)
+            values = tl.load(scratch + at[:, None] * D + d[None], mask=inside, other=0.0, cache_modifier=".cg")
+            acc += values * weight[:, None]
+    acc *= (factor / tl.where(total == 0, 1.0, total))[:, None]
+    tl.store(at_out, acc.to(at_out.dtype.element_ty), mask=inside)
+    tl.store(lse + spot, (safe + tl.log2(total)) * 0.6931471805599453, mask=used)
+
+
+@triton.jit
 def _decode(
-    q, k, v, out, lse, part_out, part_lse, arrived, lengths, starts, group, bias, factors, gain,
+    q, k, v, out, lse, scratch, arrived, lengths, starts, group, bias, factors, gain,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_g, o_b, o_h, o_n, group_b, bias_b, bias_h, bias_k,
-    map_f, map_b, map_h, map_g, gain_b, gain_h, gain_n, scale, batch, kv_heads,
+    map_f, map_b, map_h, map_g, gain_b, gain_h, gain_n, scale, batch, kv_heads, sums,
     PARTS: tl.constexpr, REPEAT: tl.constexpr, NEW: tl.constexpr, GROUPS: tl.constexpr, STARTS: tl.constexpr,
     MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -76,54 +106,27 @@ def _decode(
     k += b.to(tl.int64) * k_b + kv.to(tl.int64) * k_h
     v += b.to(tl.int64) * v_b + kv.to(tl.int64) * v_h
     last = length - NEW + new
-    if BLOCK_M == 1:
-        x = tl.load(q + b.to(tl.int64) * q_b + kv.to(tl.int64) * q_h + d, mask=in_d, other=0.0).to(tl.float32)
-        tops = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        totals = tl.zeros([BLOCK_N], tl.float32)
-        sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        for block in tl.range(first, stop, BLOCK_N, num_stages=STAGES):
-            key = block + n
-            real = key < stop
-            inside = real[:, None] & in_d[None]
-            y = tl.load(k + key[:, None].to(tl.int64) * k_n + d[None], mask=inside, other=0.0)
-            z = tl.load(v + key[:, None].to(tl.int64) * v_n + d[None], mask=inside, other=0.0)
-            s = tl.sum(y.to(tl.float32) * x[None], 1) * scale
-            s = _shaped(s, kv, 0, length - 1, True, key, real, b, group, bias, factors, group_b, bias_b, bias_h, bias_k,
-                        map_f, map_b, map_h, map_g, 1, MAP, BIAS)  # fmt: skip
-            best = tl.maximum(tops, s)
-            safe = tl.where(best == float("-inf"), 0.0, best)
-            weight = tl.exp2(s - safe)
-            fade = tl.exp2(tops - safe)
-            totals = totals * fade + weight
-            sums = sums * fade[:, None] + z.to(tl.float32) * weight[:, None]
-            tops = best
-        best = tl.max(tops, 0)
-        fade = tl.exp2(tops - tl.where(best == float("-inf"), 0.0, best))
-        top = tl.full([1], 0.0, tl.float32) + best
-        total = tl.full([1], 0.0, tl.float32) + tl.sum(totals * fade, 0)
-        acc = tl.sum(sums * fade[:, None], 0)[None]
-    else:
-        at_q = q + b.to(tl.int64) * q_b + (h * q_h + new * q_n)[:, None].to(tl.int64) + d[None]
-        x = tl.load(at_q, mask=used[:, None] & in_d[None], other=0.0)
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for block in range(first, stop, BLOCK_N):
-            key = block + n
-            real = key < stop
-            y = tl.load(k + key[None].to(tl.int64) * k_n + d[:, None], mask=real[None] & in_d[:, None], other=0.0)
-            z = tl.load(v + key[:, None].to(tl.int64) * v_n + d[None], mask=real[:, None] & in_d[None], other=0.0)
-            s = tl.dot(x, y, input_precision=PRECISION) * scale
-            s = _shaped(s, h[:, None], g[:, None], last[:, None], used[:, None], key[None], real[None], b, group, bias,
-                        factors, group_b, bias_b, bias_h, bias_k, map_f, map_b, map_h, map_g,
-                        GROUPS, MAP, BIAS)  # fmt: skip
-            best = tl.maximum(top, tl.max(s, 1))
-            safe = tl.where(best == float("-inf"), 0.0, best)
-            weight = tl.exp2(s - safe[:, None])
-            fade = tl.exp2(top - safe)
-            total = total * fade + tl.sum(weight, 1)
-            acc = tl.dot(weight.to(z.dtype), z, acc * fade[:, None], input_precision=PRECISION)
-            top = best
+    at_q = q + b.to(tl.int64) * q_b + (h * q_h + new * q_n)[:, None].to(tl.int64) + d[None]
+    x = tl.load(at_q, mask=used[:, None] & in_d[None], other=0.0)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for block in range(first, stop, BLOCK_N):
+        key = block + n
+        real = key < stop
+        y = tl.load(k + key[None].to(tl.int64) * k_n + d[:, None], mask=real[None] & in_d[:, None], other=0.0)
+        z = tl.load(v + key[:, None].to(tl.int64) * v_n + d[None], mask=real[:, None] & in_d[None], other=0.0)
+        s = tl.dot(x, y, input_precision=PRECISION) * scale
+        s = _shaped(s, h[:, None], g[:, None], last[:, None], used[:, None], key[None], real[None], b, group, bias,
+                    factors, group_b, bias_b, bias_h, bias_k, map_f, map_b, map_h, map_g,
+                    GROUPS, MAP, BIAS)  # fmt: skip
+        best = tl.maximum(top, tl.max(s, 1))
+        safe = tl.where(best == float("-inf"), 0.0, best)
+        weight = tl.exp2(s - safe[:, None])
+        fade = tl.exp2(top - safe)
+        total = total * fade + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(z.dtype), z, acc * fade[:, None], input_precision=PRECISION)
+        top = best
     heads = kv_heads * REPEAT
     spot = ((g * batch + b) * heads + h).to(tl.int64) * NEW + new
     inside = used[:, None] & in_d[None]
@@ -133,52 +136,25 @@ def _decode(
     if GAIN:
         at_gain = gain + b.to(tl.int64) * gain_b + h.to(tl.int64) * gain_h + new * gain_n
         factor = tl.load(at_gain, mask=used, other=0.0).to(tl.float32)
+    level = tl.where(total == 0, float("-inf"), top + tl.log2(total))
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     if PARTS == 1:
-        acc = acc * (factor / tl.where(total == 0, 1.0, total))[:, None]
-        tl.store(at_out, acc.to(out.dtype.element_ty), mask=inside)
-        level = tl.where(total == 0, float("-inf"), top + tl.log2(total)) * 0.6931471805599453
-        tl.store(lse + spot, level, mask=used)
+        tl.store(at_out, (acc * factor[:, None]).to(out.dtype.element_ty), mask=inside)
+        tl.store(lse + spot, level * 0.6931471805599453, mask=used)
     else:
-        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-        tl.store(part_lse + spot * PARTS + part, tl.where(total == 0, float("-inf"), top + tl.log2(total)), mask=used)
-        tl.store(part_out + (spot * PARTS + part)[:, None] * D + d[None], acc, mask=inside)
+        levels = scratch + sums * (PARTS * D)
+        tl.store(levels + spot * PARTS + part, level, mask=used)
+        tl.store(scratch + (spot * PARTS + part)[:, None] * D + d[None], acc, mask=inside)
         tl.debug_barrier()  # every thread has stored before one of them says so
         at = arrived + tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
         if tl.atomic_add(at, 1, sem="acq_rel", scope="gpu") == PARTS - 1:
             tl.store(at, 0)
-            # past the L1 cache, which is not coherent: other processors wrote this
-            p = tl.arange(0, BLOCK_P)
-            here = used[:, None] & (p < PARTS)[None]
-            levels = tl.load(
-                part_lse + spot[:, None] * PARTS + p[None], mask=here, other=float("-inf"), cache_modifier=".cg"
-            )
-            top = tl.max(levels, 1)
-            safe = tl.where(top == float("-inf"), 0.0, top)
-            total = tl.sum(tl.exp2(levels - safe[:, None]), 1)
-            factor = factor / tl.where(total == 0, 1.0, total)
-            if BLOCK_M == 1:
-                tile = (p < PARTS)[:, None] & in_d[None]
-                at_part = part_out + (tl.sum(spot, 0) * PARTS + p)[:, None] * D + d[None]
-                values = tl.load(at_part, mask=tile, other=0.0, cache_modifier=".cg")
-                weight = tl.sum(tl.exp2(levels - safe[:, None]), 0)
-                acc = tl.sum(values * weight[:, None], 0)[None]
-            else:
-                acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-                for other in range(PARTS):
-                    at_part = spot * PARTS + other
-                    level = tl.load(part_lse + at_part, mask=used, other=float("-inf"), cache_modifier=".cg")
-                    values = tl.load(
-                        part_out + at_part[:, None] * D + d[None], mask=inside, other=0.0, cache_modifier=".cg"
-                    )
-                    acc += values * tl.exp2(level - safe)[:, None]
-            tl.store(at_out, (acc * factor[:, None]).to(out.dtype.element_ty), mask=inside)
-            tl.store(lse + spot, (safe + tl.log2(total)) * 0.6931471805599453, mask=used)
+            _merge(scratch, levels, spot, used, inside, factor, at_out, lse, d, in_d, PARTS, D, BLOCK_M, BLOCK_D, BLOCK_P,
+                   REPEAT * NEW * GROUPS == 1)  # fmt: skip
 
 
 def tuning(rows: int, head_dim: int, dtype: torch.dtype, limit: int) -> dict[str, int]:
     """Block sizes, warps and stages for `rows` query rows per key head that fit `limit` bytes of shared memory."""
-    if rows == 1:
-        return {"BLOCK_M": 1, "BLOCK_N": 32, "num_warps": 4, "STAGES": 1}
     narrow = dtype == torch.float32 or head_dim > 128
     block_d = max(16, triton.next_power_of_2(head_dim))
     chosen = {"BLOCK_M": min(max(16, triton.next_power_of_2(rows)), MAX_BLOCK_M)}
@@ -220,16 +196,15 @@ def decode_attention(
     kv_heads, room = k.shape[1:3]
     repeat, copies = heads // kv_heads, max(groups, 1)
     rows = repeat * new * copies
-    settings = {"STAGES": 1} | tuning(rows, dim, q.dtype, shared_memory(q.device)) | override
+    settings = tuning(rows, dim, q.dtype, shared_memory(q.device)) | override
     row_blocks = triton.cdiv(rows, settings["BLOCK_M"])
     parts = settings.pop("PARTS", 0)
     parts = parts or parts_for(batch * kv_heads * row_blocks, triton.cdiv(room, settings["BLOCK_N"]), q.device)
     out = q.new_empty(groups, *q.shape, dtype=torch.float32) if groups else torch.empty_like(q)
     lse = torch.empty(copies, batch, heads, new, dtype=torch.float32, device=q.device)
-    part_out = part_lse = arrived = lse
-    if parts > 1:
-        part_out = torch.empty(lse.numel() * parts, dim, dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(lse.numel() * parts, dtype=torch.float32, device=q.device)
+    scratch = arrived = lse
+    if parts > 1:  # outputs of the parts, then their log-sum-exps
+        scratch = torch.empty(lse.numel() * parts * (dim + 1), dtype=torch.float32, device=q.device)
         arrived = counters(batch * kv_heads * row_blocks, q.device)
     gain_strides: tuple[int, ...] = (0, 0, 0)
     gain = lengths
@@ -248,13 +223,14 @@ def decode_attention(
         map_strides = factors.stride()
     launch(
         _decode, (parts, batch * kv_heads, row_blocks),
-        (q, k, v, out, lse, part_out, part_lse, arrived, lengths, lengths if starts is None else starts,
+        (q, k, v, out, lse, scratch, arrived, lengths, lengths if starts is None else starts,
          lengths if group is None else group, bias_row, factors, gain),
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], out.stride(0) if groups else 0, *out.stride()[-4:-1],
-         0 if group is None else group.stride(0), *bias_strides, *map_strides, *gain_strides, scale, batch, kv_heads),
+         0 if group is None else group.stride(0), *bias_strides, *map_strides, *gain_strides, scale, batch, kv_heads,
+         lse.numel()),
         (parts, repeat, new, copies, starts is not None, logit_map is not None, bias is not None, head_gain is not None,
          dim, max(16, triton.next_power_of_2(dim)), settings.pop("BLOCK_M"), settings.pop("BLOCK_N"),
-         triton.next_power_of_2(parts), settings.pop("STAGES"), "ieee" if q.dtype == torch.float32 else "tf32", settings.get("launch_pdl", False)),
+         triton.next_power_of_2(parts), "ieee" if q.dtype == torch.float32 else "tf32", settings.get("launch_pdl", False)),
         **settings,
     )  # fmt: skip
     return out, (lse if groups else lse.squeeze(0))

@@ -1,4 +1,4 @@
-"""Linear layers for the few rows of a decoding step, with what stands before and behind them, in one launch."""
+"""Linear layers for the one row of a decoding step, with what stands before and behind them, in one launch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from mmefficient.kernels.common import Impl, launching_on, uses_triton
 from mmefficient.kernels.decode_linear import reference
 
-__all__ = ["MAX_ROWS", "decode_linear"]
+__all__ = ["decode_linear"]
 
-MAX_ROWS = 16
 MAX_WEIGHTS = 3
 
 
@@ -26,15 +25,15 @@ def decode_linear(
     residual: torch.Tensor | None = None,
     impl: Impl = "auto",
 ) -> torch.Tensor:
-    """Product of at most 16 rows with one to three weights, each read once from where it lies; forward only.
+    """Product of one row with one to three weights, each read once from where it lies; forward only.
 
-    y = cat(norm(x) @ w.T + b for each weight), then silu(gate) * up if `gated`, then + residual. Accumulates in float32
-    and rounds once. With `norm`, x * norm must be finite in the dtype of x.
+    y = cat(norm(x) @ w.T + b for each weight), then silu(gate) * up if `gated`, then + residual. Everything is float32
+    in between and rounded once. For more rows the product is better left to cuBLAS: docs/kernels.md has the times.
 
     Args:
-        x: [..., K] with at most 16 rows; float16, bfloat16 or float32; rows may be strided.
-        weights: one to three [N_i, K], as `torch.nn.Linear` holds them, rows contiguous; for queries, keys and values
-            there is no need to stack them.
+        x: [..., K], a single row; float16, bfloat16 or float32.
+        weights: one to three [N_i, K], as `torch.nn.Linear` holds them, rows contiguous; those of queries, keys and
+            values need not be stacked.
         biases: one [N_i] or None for each weight; None = none.
         norm: weight [K] of an RMSNorm that x goes through first; None = no norm. eps: added to its mean square.
         gated: `weights` are the gate and the up projection of a gated SiLU.
@@ -45,17 +44,17 @@ def decode_linear(
         [..., N] in the dtype of x; N is the sum of the N_i, or N_0 if gated.
 
     Raises:
-        ValueError: shapes that do not fit each other, too many rows or weights.
+        ValueError: shapes that do not fit each other, more than one row, too many weights.
         RuntimeError: impl="triton" where it cannot run, or where an input requires a gradient.
 
     Source: RMSNorm, arXiv:1910.07467 eq. 4; SwiGLU, arXiv:2002.05202 eq. 5.
     """
-    width, rows = x.shape[-1], x.numel() // x.shape[-1]
+    width = x.shape[-1]
     given = [None] * len(weights) if biases is None else list(biases)
     if not 1 <= len(weights) <= MAX_WEIGHTS or any(w.ndim != 2 or w.shape[1] != width for w in weights):
         raise ValueError(f"weights {[tuple(w.shape) for w in weights]} do not fit x {tuple(x.shape)}; one to three do.")
-    if not 1 <= rows <= MAX_ROWS:
-        raise ValueError(f"x has {rows} rows; decode_linear takes 1 to {MAX_ROWS}, use torch.nn.functional.linear.")
+    if x.numel() != width:
+        raise ValueError(f"x {tuple(x.shape)} is not one row; use torch.nn.functional.linear for more.")
     if gated and (len(weights) != 2 or weights[0].shape != weights[1].shape):
         raise ValueError("gated takes two weights of one shape: the gate and the up projection.")
     if len(given) != len(weights) or any(b is not None and b.shape != w.shape[:1] for b, w in zip(given, weights)):

@@ -43,7 +43,7 @@ def _logits(
 def _one_row(
     q, k, out, stats, arrived, mask, last, lse, q_b, q_h, k_b, k_h, k_n, mask_b, mask_h, mask_k, kv_heads, keys, scale,
     REPEAT: tl.constexpr, MASK: tl.constexpr, LAST: tl.constexpr, LSE: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """One block of keys against the query heads that share it; stats is [B, Hkv, REPEAT, 2, blocks], base 2."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
@@ -87,29 +87,24 @@ def _one_row(
         if tl.atomic_add(arrived + row, 1, sem="acq_rel", scope="gpu") == blocks - 1:
             tl.store(arrived + row, 0)
             n = tl.arange(0, SPAN)
+            p = tl.arange(0, BLOCK_P)
             for other in range(REPEAT):
                 head = row * REPEAT + other
-                tops = tl.full([SPAN], float("-inf"), tl.float32)
-                totals = tl.zeros([SPAN], tl.float32)
                 # past the L1 cache, which is not coherent: other processors wrote this
-                for first in range(0, blocks, SPAN):
-                    here = first + n < blocks
-                    at_top = stats + head * 2 * blocks + first + n
-                    found = tl.load(at_top, mask=here, other=float("-inf"), cache_modifier=".cg")
-                    sums = tl.load(at_top + blocks, mask=here, other=0.0, cache_modifier=".cg")
-                    best = tl.maximum(tops, found)
-                    base = tl.where(best == float("-inf"), 0.0, best)
-                    totals = totals * tl.exp2(tops - base) + sums * tl.exp2(found - base)
-                    tops = best
-                highest = tl.max(tops, 0)
-                highest = tl.where(highest == float("-inf"), 0.0, highest)
-                whole = tl.sum(totals * tl.exp2(tops - highest), 0)
-                factor = 1.0 / tl.where(whole == 0, 1.0, whole)
                 at_out = out + head.to(tl.int64) * keys + n
-                for first in range(0, keys, SPAN):
+                logits = tl.load(at_out, mask=n < keys, other=float("-inf"), cache_modifier=".cg")
+                at_top = stats + head * 2 * blocks + p
+                tops = tl.load(at_top, mask=p < blocks, other=float("-inf"), cache_modifier=".cg")
+                sums = tl.load(at_top + blocks, mask=p < blocks, other=0.0, cache_modifier=".cg")
+                best = tl.max(tops, 0)
+                best = tl.where(best == float("-inf"), 0.0, best)
+                whole = tl.sum(sums * tl.exp2(tops - best), 0)
+                factor = 1.0 / tl.where(whole == 0, 1.0, whole)
+                tl.store(at_out, tl.exp2(logits - best) * factor, mask=n < keys)
+                for first in range(SPAN, keys, SPAN):
                     here = first + n < keys
                     logits = tl.load(at_out + first, mask=here, other=float("-inf"), cache_modifier=".cg")
-                    tl.store(at_out + first, tl.exp2(logits - highest) * factor, mask=here)
+                    tl.store(at_out + first, tl.exp2(logits - best) * factor, mask=here)
 
 
 @triton.jit
@@ -236,7 +231,7 @@ def _score_row(
 ) -> None:
     batch, heads, _, dim = query.shape
     kv_heads, keys = key.shape[1:3]
-    sizes = {"BLOCK_N": 64, "SPAN": 1024, "num_warps": 4} | override
+    sizes = {"BLOCK_N": 128, "SPAN": min(4096, max(256, triton.next_power_of_2(keys))), "num_warps": 8} | override
     blocks = triton.cdiv(keys, sizes["BLOCK_N"])
     stats = arrived = out
     if lse is None:
@@ -250,6 +245,7 @@ def _score_row(
          out if lse is None else lse.float().contiguous()),
         (*query.stride()[:2], *key.stride()[:3], *mask_strides, kv_heads, keys, float(scale)),
         (heads // kv_heads, 0 if mask is None else 1 if mask.dtype == torch.bool else 2, last is not None,
-         lse is not None, dim, max(16, triton.next_power_of_2(dim)), sizes["BLOCK_N"], sizes["SPAN"]),
+         lse is not None, dim, max(16, triton.next_power_of_2(dim)), sizes["BLOCK_N"], triton.next_power_of_2(blocks),
+         sizes["SPAN"]),
         num_warps=sizes["num_warps"],
     )  # fmt: skip

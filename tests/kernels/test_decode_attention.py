@@ -28,7 +28,7 @@ def cache(room: int, heads: int, kv_heads: int, dim: int, new: int, device: torc
 @pytest.mark.parametrize("heads", [7, 1])
 @pytest.mark.parametrize("options", ["none", "starts", "all", "partials"])
 def test_decode(kernel: Any, device: torch.device, room: int, new: int, heads: int, options: str) -> None:
-    """Seven heads to a key head, and one: with one new row and no partial results, programs of a single row."""
+    """Seven heads to a key head, and one, whose single row has a merge of its own."""
     q, k, v, lengths = cache(room, heads, 1, 80, new, device)
     given: dict[str, Any] = {}
     if options != "none":
