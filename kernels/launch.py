@@ -24,8 +24,8 @@ def launch(
     Triton specialises on types, on numbers that are 1 or multiples of 16 and on pointers that are multiples of 16: all of
     them are part of what a compiled kernel is found by. `options`: num_warps and the like.
     """
-    kinds = tuple((t.dtype, t.data_ptr() % 16) for t in tensors)
-    key = (kernel, tensors[0].device, numbers, constants, kinds, *options.values())
+    kinds = [(t.dtype, t.data_ptr() % 16) for t in tensors]
+    key = (kernel, tensors[0].device, numbers, constants, *kinds, *options.values())
     found = _compiled.get(key)
     if found is not None:
         found[grid](*tensors, *numbers, *constants)

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mmefficient.kernels.common import ceil_div, power_above
+
 
 @triton.jit
 def _copy(
@@ -42,8 +44,8 @@ def gather_two(x: torch.Tensor, y: torch.Tensor, keep: torch.Tensor) -> tuple[to
     batch, kept = x.shape[0], keep.shape[2]
     outs = [torch.empty(batch, t.shape[1], kept, t.shape[3], dtype=t.dtype, device=t.device) for t in (x, y)]
     step = 16
-    widths = [min(1024, triton.next_power_of_2(t.shape[3])) for t in (x, y)]
-    _compact[(triton.cdiv(kept, step), x.shape[1] + y.shape[1], batch)](
+    widths = [min(1024, power_above(t.shape[3])) for t in (x, y)]
+    _compact[(ceil_div(kept, step), x.shape[1] + y.shape[1], batch)](
         x, y, *outs, keep, *x.stride(), *y.stride(), keep.stride(0), keep.stride(1) if keep.shape[1] > 1 else 0,
         x.shape[1], y.shape[1], kept, X_C=x.shape[3], Y_C=y.shape[3], X_BLOCK=widths[0], Y_BLOCK=widths[1],
         BLOCK_N=step,

@@ -7,12 +7,14 @@ that finishes its rows last merges their parts.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
 from mmefficient.kernels.arrivals import counters
-from mmefficient.kernels.common import processors, shared_memory
+from mmefficient.kernels.common import ceil_div, power_above, processors, shared_memory
 from mmefficient.kernels.launch import launch
 
 MAX_BLOCK_M = 64  # more rows go to further programs
@@ -153,11 +155,12 @@ def _decode(
                    REPEAT * NEW * GROUPS == 1)  # fmt: skip
 
 
+@lru_cache
 def tuning(rows: int, head_dim: int, dtype: torch.dtype, limit: int) -> dict[str, int]:
     """Block sizes, warps and stages for `rows` query rows per key head that fit `limit` bytes of shared memory."""
     narrow = dtype == torch.float32 or head_dim > 128
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    chosen = {"BLOCK_M": min(max(16, triton.next_power_of_2(rows)), MAX_BLOCK_M)}
+    block_d = max(16, power_above(head_dim))
+    chosen = {"BLOCK_M": min(max(16, power_above(rows)), MAX_BLOCK_M)}
     chosen |= {"BLOCK_N": 32 if narrow else 64, "num_warps": 4, "num_stages": 2 if narrow else 3}
     for name, least in (("num_stages", 1), ("BLOCK_N", 16), ("BLOCK_M", 16)):
         while need(chosen, block_d, dtype.itemsize) > limit and chosen[name] > least:
@@ -197,11 +200,11 @@ def decode_attention(
     repeat, copies = heads // kv_heads, max(groups, 1)
     rows = repeat * new * copies
     settings = tuning(rows, dim, q.dtype, shared_memory(q.device)) | override
-    row_blocks = triton.cdiv(rows, settings["BLOCK_M"])
+    row_blocks = ceil_div(rows, settings["BLOCK_M"])
     parts = settings.pop("PARTS", 0)
-    parts = parts or parts_for(batch * kv_heads * row_blocks, triton.cdiv(room, settings["BLOCK_N"]), q.device)
+    parts = parts or parts_for(batch * kv_heads * row_blocks, ceil_div(room, settings["BLOCK_N"]), q.device)
     out = q.new_empty(groups, *q.shape, dtype=torch.float32) if groups else torch.empty_like(q)
-    lse = torch.empty(copies, batch, heads, new, dtype=torch.float32, device=q.device)
+    lse = torch.empty(*((groups,) if groups else ()), batch, heads, new, dtype=torch.float32, device=q.device)
     scratch = arrived = lse
     if parts > 1:  # outputs of the parts, then their log-sum-exps
         scratch = torch.empty(lse.numel() * parts * (dim + 1), dtype=torch.float32, device=q.device)
@@ -229,8 +232,8 @@ def decode_attention(
          0 if group is None else group.stride(0), *bias_strides, *map_strides, *gain_strides, scale, batch, kv_heads,
          lse.numel()),
         (parts, repeat, new, copies, starts is not None, logit_map is not None, bias is not None, head_gain is not None,
-         dim, max(16, triton.next_power_of_2(dim)), settings.pop("BLOCK_M"), settings.pop("BLOCK_N"),
-         triton.next_power_of_2(parts), "ieee" if q.dtype == torch.float32 else "tf32", settings.get("launch_pdl", False)),
+         dim, max(16, power_above(dim)), settings.pop("BLOCK_M"), settings.pop("BLOCK_N"),
+         power_above(parts), "ieee" if q.dtype == torch.float32 else "tf32", settings.get("launch_pdl", False)),
         **settings,
     )  # fmt: skip
-    return out, (lse if groups else lse.squeeze(0))
+    return out, lse

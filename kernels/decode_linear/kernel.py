@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mmefficient.kernels.common import ceil_div
 from mmefficient.kernels.launch import launch
 
 
@@ -113,7 +114,7 @@ def decode_linear(
     out = torch.empty(*x.shape[:-1], total, dtype=x.dtype, device=x.device)
     settings = {"AHEAD": False} | tuning(norm is not None) | override
     step = settings.pop("BLOCK_N")
-    blocks = sum(triton.cdiv(n, step) for n in (sizes[:1] if gated else sizes))
+    blocks = sum(ceil_div(n, step) for n in (sizes[:1] if gated else sizes))
     spare = 3 - len(weights)
     three, bias = [*weights, *weights[:1] * spare], [*biases, *[None] * spare]
     added = out if residual is None else residual.contiguous()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from mmefficient.kernels.arrivals import counters
-from mmefficient.kernels.common import processors
+from mmefficient.kernels.common import ceil_div, power_above, processors
 from mmefficient.kernels.launch import launch
 
 
@@ -192,28 +192,28 @@ def key_scores(
     block_n = override.pop("BLOCK_N", 64)
     parts = override.pop("PARTS", 0)
     if not parts:
-        enough = triton.cdiv(4 * processors(query.device), batch * heads)
-        parts = max(1, min(enough, triton.cdiv(keys, block_n), 32))
-    each = triton.cdiv(triton.cdiv(keys, parts), block_n) * block_n
+        enough = ceil_div(4 * processors(query.device), batch * heads)
+        parts = max(1, min(enough, ceil_div(keys, block_n), 32))
+    each = ceil_div(ceil_div(keys, parts), block_n) * block_n
     seen = query if mask is None else mask.expand(batch, heads, rows, keys)
     limit = query if last is None else last.int().contiguous()
     strides = (*query.stride()[:3], *key.stride()[:3], *((0,) * 4 if mask is None else seen.stride()))
     strides += (0 if last is None else rows,)
     sizes = {
         "REPEAT": heads // key.shape[1], "MASK": 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
-        "LAST": last is not None, "D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "LAST": last is not None, "D": dim, "BLOCK_D": max(16, power_above(dim)),
         "BLOCK_M": 16 if rows <= 16 else 32, "BLOCK_N": block_n,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     } | override  # fmt: skip
     if lse is None:
         stats = torch.empty(batch, heads, parts, rows, dtype=torch.float32, device=query.device)
-        _row_sums[(parts, batch * heads, triton.cdiv(rows, sizes["BLOCK_M"]))](
+        _row_sums[(parts, batch * heads, ceil_div(rows, sizes["BLOCK_M"]))](
             query, key, stats, seen, limit, *strides, heads, rows, keys, each, scale, PARTS=parts, **sizes
         )
     else:
         stats, parts = lse.float().contiguous(), 1
     unit = 1.0 if lse is None else 1.4426950408889634
-    _masses[(triton.cdiv(keys, block_n), batch * heads)](
+    _masses[(ceil_div(keys, block_n), batch * heads)](
         query, key, stats, out, seen, limit, *strides, heads, rows, keys, scale, unit, PARTS=parts, **sizes
     )
     return out
@@ -231,8 +231,8 @@ def _score_row(
 ) -> None:
     batch, heads, _, dim = query.shape
     kv_heads, keys = key.shape[1:3]
-    sizes = {"BLOCK_N": 128, "SPAN": min(4096, max(256, triton.next_power_of_2(keys))), "num_warps": 8} | override
-    blocks = triton.cdiv(keys, sizes["BLOCK_N"])
+    sizes = {"BLOCK_N": 128, "SPAN": min(4096, max(256, power_above(keys))), "num_warps": 8} | override
+    blocks = ceil_div(keys, sizes["BLOCK_N"])
     stats = arrived = out
     if lse is None:
         stats = torch.empty(batch * heads * 2 * blocks, dtype=torch.float32, device=query.device)
@@ -245,7 +245,7 @@ def _score_row(
          out if lse is None else lse.float().contiguous()),
         (*query.stride()[:2], *key.stride()[:3], *mask_strides, kv_heads, keys, float(scale)),
         (heads // kv_heads, 0 if mask is None else 1 if mask.dtype == torch.bool else 2, last is not None,
-         lse is not None, dim, max(16, triton.next_power_of_2(dim)), sizes["BLOCK_N"], triton.next_power_of_2(blocks),
+         lse is not None, dim, max(16, power_above(dim)), sizes["BLOCK_N"], power_above(blocks),
          sizes["SPAN"]),
         num_warps=sizes["num_warps"],
     )  # fmt: skip

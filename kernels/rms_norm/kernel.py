@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mmefficient.kernels.common import power_above
+
 
 @triton.jit
 def _norm(
@@ -36,7 +38,7 @@ def rms_norm(
     other = flat if residual is None else residual.reshape(-1, width)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty(0 if residual is None else x.shape, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(width)
+    block = power_above(width)
     _norm[(flat.shape[0],)](
         flat, other, weight, out, total, flat.stride(0), other.stride(0), eps, C=width, BLOCK_C=block,
         RESIDUAL=residual is not None, num_warps=min(16, max(1, block // 512)),

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mmefficient.kernels.common import ceil_div, power_above
 from mmefficient.kernels.launch import launch
 
 BLOCK_H = 8
@@ -81,12 +82,12 @@ def rope_store(
     kv_heads = k.shape[2]
     out = torch.empty(batch, heads, rows, dim, dtype=q.dtype, device=q.device)
     cos, sin = cos.contiguous(), sin.contiguous()
-    q_blocks, k_blocks = triton.cdiv(heads, BLOCK_H), triton.cdiv(kv_heads, BLOCK_H)
+    q_blocks, k_blocks = ceil_div(heads, BLOCK_H), ceil_div(kv_heads, BLOCK_H)
     launch(
         _rope_store, (batch * rows, q_blocks + 2 * k_blocks, 1), (q, k, v, cos, sin, k_cache, v_cache, slots, out),
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
          *k_cache.stride()[:3], *v_cache.stride()[:3], rows, heads, kv_heads, q_blocks, k_blocks),
-        (dim // 2, triton.next_power_of_2(dim // 2), BLOCK_H, options.get("launch_pdl", False)),
+        (dim // 2, power_above(dim // 2), BLOCK_H, options.get("launch_pdl", False)),
         num_warps=1 if dim <= 128 else 2, **options,
     )  # fmt: skip
     return out

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mmefficient.kernels.common import ceil_div, power_above
+
 
 @triton.jit
 def _swiglu(gate, up, out, gate_m, up_m, width, BLOCK: tl.constexpr):
@@ -21,6 +23,6 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     width = gate.shape[-1]
     g, u = gate.reshape(-1, width), up.reshape(-1, width)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    block = min(1024, triton.next_power_of_2(width))
-    _swiglu[(g.shape[0], triton.cdiv(width, block))](g, u, out, g.stride(0), u.stride(0), width, BLOCK=block)
+    block = min(1024, power_above(width))
+    _swiglu[(g.shape[0], ceil_div(width, block))](g, u, out, g.stride(0), u.stride(0), width, BLOCK=block)
     return out
