@@ -21,8 +21,8 @@ def launch(
 ) -> None:
     """Run a Triton kernel whose parameters are tensors, then numbers, then compile-time constants, in this order.
 
-    Triton specialises on types, on numbers that are 1 or multiples of 16 and on pointers that are multiples of 16: all of
-    them are part of what a compiled kernel is found by. `options`: num_warps and the like.
+    Triton specialises on types, on numbers that are 1 or multiples of 16 and on pointers that are multiples of 16: all
+    of them are part of what a compiled kernel is found by. `options`: num_warps and the like.
     """
     kinds = [(t.dtype, t.data_ptr() % 16) for t in tensors]
     key = (kernel, tensors[0].device, numbers, constants, *kinds, *options.values())

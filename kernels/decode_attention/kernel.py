@@ -23,8 +23,8 @@ RESIDENT = 2  # programs that a processor holds at a time
 
 @triton.jit
 def _shaped(
-    s, h, g, last, used, key, real, b, group, bias, factors, group_b, bias_b, bias_h, bias_k, map_f, map_b, map_h, map_g,
-    GROUPS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
+    s, h, g, last, used, key, real, b, group, bias, factors, group_b, bias_b, bias_h, bias_k,
+    map_f, map_b, map_h, map_g, GROUPS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Base-2 logits behind map, bias and masks; what is known of rows and of keys broadcasts to the shape of s."""
     ok = (key <= last) & real
@@ -151,8 +151,8 @@ def _decode(
         at = arrived + tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
         if tl.atomic_add(at, 1, sem="acq_rel", scope="gpu") == PARTS - 1:
             tl.store(at, 0)
-            _merge(scratch, levels, spot, used, inside, factor, at_out, lse, d, in_d, PARTS, D, BLOCK_M, BLOCK_D, BLOCK_P,
-                   REPEAT * NEW * GROUPS == 1)  # fmt: skip
+            _merge(scratch, levels, spot, used, inside, factor, at_out, lse, d, in_d, PARTS, D, BLOCK_M, BLOCK_D,
+                   BLOCK_P, REPEAT * NEW * GROUPS == 1)  # fmt: skip
 
 
 @lru_cache
@@ -176,7 +176,7 @@ def need(chosen: dict[str, int], block_d: int, itemsize: int) -> int:
 
 
 def parts_for(programs: int, key_blocks: int, device: torch.device) -> int:
-    """Into how many parts the keys are split: about as many programs as run at a time, one key block to each at least."""
+    """Into how many parts the keys are split: as many programs as run at a time, one key block to each at least."""
     return max(1, min(RESIDENT * processors(device) // programs, key_blocks, 64))
 
 

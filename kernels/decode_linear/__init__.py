@@ -50,14 +50,15 @@ def decode_linear(
     Source: RMSNorm, arXiv:1910.07467 eq. 4; SwiGLU, arXiv:2002.05202 eq. 5.
     """
     width = x.shape[-1]
-    given = [None] * len(weights) if biases is None else list(biases)
+    given: list[torch.Tensor | None] = [None] * len(weights) if biases is None else list(biases)
     if not 1 <= len(weights) <= MAX_WEIGHTS or any(w.ndim != 2 or w.shape[1] != width for w in weights):
         raise ValueError(f"weights {[tuple(w.shape) for w in weights]} do not fit x {tuple(x.shape)}; one to three do.")
     if x.numel() != width:
         raise ValueError(f"x {tuple(x.shape)} is not one row; use torch.nn.functional.linear for more.")
     if gated and (len(weights) != 2 or weights[0].shape != weights[1].shape):
         raise ValueError("gated takes two weights of one shape: the gate and the up projection.")
-    if len(given) != len(weights) or any(b is not None and b.shape != w.shape[:1] for b, w in zip(given, weights)):
+    lengths = [w.shape[0] if b is None else len(b) for w, b in zip(weights, given, strict=False)]
+    if lengths != [w.shape[0] for w in weights] or len(given) != len(weights):
         raise ValueError("biases are one vector, or None, for each weight.")
     size = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
     if residual is not None and residual.shape != (*x.shape[:-1], size):

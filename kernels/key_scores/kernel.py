@@ -1,11 +1,13 @@
 """`key_scores` in Triton.
 
-One row: keys are read once, by a program per block of keys that writes logits; the program that finishes a row last turns
-them into probabilities. Several rows: log-sum-exps of the rows over parts of the keys, then the probabilities, summed
-over rows.
+One row: keys are read once, by a program per block of keys that writes logits; the program that finishes a row last
+turns them into probabilities. Several rows: log-sum-exps of the rows over parts of the keys, then the probabilities,
+summed over rows.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -199,7 +201,7 @@ def key_scores(
     limit = query if last is None else last.int().contiguous()
     strides = (*query.stride()[:3], *key.stride()[:3], *((0,) * 4 if mask is None else seen.stride()))
     strides += (0 if last is None else rows,)
-    sizes = {
+    sizes: dict[str, Any] = {
         "REPEAT": heads // key.shape[1], "MASK": 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
         "LAST": last is not None, "D": dim, "BLOCK_D": max(16, power_above(dim)),
         "BLOCK_M": 16 if rows <= 16 else 32, "BLOCK_N": block_n,

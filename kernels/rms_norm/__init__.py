@@ -33,7 +33,9 @@ def rms_norm(
     """
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape) or len(weight) > MAX_WIDTH:
         other = "" if residual is None else f", residual {tuple(residual.shape)}"
-        raise ValueError(f"x {tuple(x.shape)}{other} and weight {tuple(weight.shape)} do not fit; C is at most {MAX_WIDTH}.")
+        raise ValueError(
+            f"x {tuple(x.shape)}{other} and weight {tuple(weight.shape)} do not fit; C is at most {MAX_WIDTH}."
+        )
     if uses_triton(impl, x, weight, residual):
         from mmefficient.kernels.rms_norm import kernel, op
 

@@ -1,10 +1,9 @@
-"""Cases of the kernel table that a decoding step is made of: attention over a cache, key scores, a layer's products."""
+"""Cases of the kernel table over stored keys: decoding, key scores, compaction."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -15,13 +14,10 @@ from mmefficient.kernels.accuracy import require
 from mmefficient.kernels.compact import compact
 from mmefficient.kernels.decode_attention import decode_attention
 from mmefficient.kernels.decode_attention import kernel as decode_kernel
-from mmefficient.kernels.decode_linear import decode_linear
-from mmefficient.kernels.decode_linear import kernel as linear_kernel
 from mmefficient.kernels.key_scores import key_scores
 from mmefficient.kernels.key_scores import reference as scores_reference
 
 DECODE = [(batch, 32, 32, keys) for batch in (1, 8) for keys in (675, 3000)] + [(1, 28, 4, 3000), (8, 28, 4, 675)]
-WIDTH, INNER = 4096, 11008
 
 
 def decode_cases(variants: bool) -> Iterator[Case]:
@@ -37,16 +33,16 @@ def decode_cases(variants: bool) -> Iterator[Case]:
             eager = ((q @ k.transpose(2, 3)).float() * D**-0.5).softmax(-1).bfloat16() @ v
             return require(run(), eager, exact)
 
-        if variants and heads == kv_heads:
-            for block, warps, stages in ((16, 4, 1), (32, 4, 1), (64, 4, 1), (64, 8, 1), (128, 8, 1), (32, 4, 3)):
-                for parts in (8, 11, 16) if batch == 1 else (1, 2, 4):
-                    choice = {"BLOCK_N": block, "num_warps": warps, "STAGES": stages, "PARTS": parts}
-                    options = (None, None, 0, None, None, None, D**-0.5)
+        if variants:
+            options = (None, None, 0, None, None, None, D**-0.5)
+            parts = (1, 2) if batch * kv_heads > 132 else (4, 6, 8, 11, 16)
+            for block, warps, stages in ((64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 8, 2)):
+                for n in parts:
+                    choice: dict[str, Any] = {"BLOCK_N": block, "num_warps": warps, "num_stages": stages, "PARTS": n}
                     both = partial(decode_kernel.decode_attention, q, k, v, lengths, *options, **choice)
                     variant = partial(first, both)
-                    label = f"ours n{block} warps{warps} stages{stages} parts{parts}"
+                    label = f"ours n{block} warps{warps} stages{stages} parts{n}"
                     yield Case("decode", name, label, variant, partial(check, q, k, v, variant))
-        if variants:
             continue
         run: Callable[[], Any] = partial(decode_attention, q, k, v, lengths, impl="triton")
         yield Case("decode", name, "ours", run, partial(check, q, k, v, run), facts={"bytes": 2 * k.nbytes})

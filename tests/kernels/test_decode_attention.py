@@ -61,7 +61,7 @@ def test_many_heads(kernel: Any, device: torch.device) -> None:
 @pytest.mark.parametrize("heads", [3, 6])
 @pytest.mark.parametrize("parts", [1, 2, 5])
 def test_parts_change_nothing(device: torch.device, heads: int, parts: int) -> None:
-    """The last program of a head merges its parts, those that hold no key included, and leaves its counter as it was."""
+    """The last program of a head merges its parts, also those without a key, and leaves its counter as it was."""
     q, k, v, lengths = cache(40, heads, 3, 32, 1, device)
     given = (q, k, v, lengths, None, None, 0, None, None, None, 0.2)
     wanted = reference.decode_attention(*given)

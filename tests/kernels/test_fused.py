@@ -18,7 +18,9 @@ DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytes
 
 
 def wide(*tensors: Any) -> list[Any]:
-    return [t.double() if torch.is_tensor(t) else [x.double() for x in t] if isinstance(t, list) else t for t in tensors]
+    return [
+        t.double() if torch.is_tensor(t) else [x.double() for x in t] if isinstance(t, list) else t for t in tensors
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,7 +76,9 @@ def test_rope(kernel: Any, device: torch.device, dim: int, shared: bool, dtype: 
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     slots = torch.tensor([0, 7, 3], device=device)
     buffers = [torch.randn(3, 12, 3, dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(2)]
-    mine, eager, exact = ([b.clone() for b in wide(*buffers)] if n == 2 else [b.clone() for b in buffers] for n in range(3))
+    mine, eager, exact = (
+        [b.clone() for b in wide(*buffers)] if n == 2 else [b.clone() for b in buffers] for n in range(3)
+    )
     outs = [
         kernel(rope_store, q, k, v, cos, sin, *mine, slots),
         rope_store(q, k, v, cos, sin, *eager, slots, impl="reference"),
