@@ -57,7 +57,7 @@ def products(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]
 
 def check_linear(x: torch.Tensor, weights: list[torch.Tensor], options: dict[str, Any]) -> float:
     def by(dtype: torch.dtype) -> torch.Tensor:
-        given = {key: v.to(dtype) if torch.is_tensor(v) else v for key, v in options.items()}
+        given: dict[str, Any] = {key: v.to(dtype) if torch.is_tensor(v) else v for key, v in options.items()}
         wide = [w.to(dtype) for w in weights]
         return decode_linear(x.to(dtype), wide, **given, impl="reference")
 
@@ -98,7 +98,8 @@ class Layer(NamedTuple):
 def random_layer() -> Layer:
     square, inner = ((WIDTH, WIDTH),) * 4, ((INNER, WIDTH), (INNER, WIDTH), (WIDTH, INNER))
     products = [random(*shape) / shape[1] ** 0.5 for shape in (*square, *inner)]
-    return Layer(*products, random(WIDTH).abs(), random(WIDTH).abs(), *(random(1, HEADS, STORED, D) for _ in range(2)))
+    norms = [random(WIDTH).abs() for _ in range(2)]
+    return Layer._make([*products, *norms, *(random(1, HEADS, STORED, D) for _ in range(2))])
 
 
 def through(run: Any, layers: list[Layer], h: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
@@ -145,6 +146,6 @@ def check_step(
     eager = through(stock_layer, layers, h, cos, sin, slots)
     exact = h.double()
     for layer in layers:
-        wide = Layer(*(t.to(torch.float64, copy=True) for t in layer))
+        wide = Layer._make(t.to(torch.float64, copy=True) for t in layer)
         exact = stock_layer(exact, wide, cos.double(), sin.double(), slots)
     return require(run(), eager, exact)
