@@ -93,7 +93,7 @@ def _refusal(executor: Executor) -> str | None:
     if executor.modulated:
         return "the plan changes attention"
     for method in executor.reducers:
-        if method.adaptive or not method.needs <= KNOWN:
+        if method.adaptive or method.weighted or not method.needs <= KNOWN:
             return f"{method.name} decides by what the programs do not keep"
     if "flex" in executor.implementation or "paged" in executor.implementation:
         return f"attention implementation {executor.implementation!r}"

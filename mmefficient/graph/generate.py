@@ -215,12 +215,11 @@ class Steps:
     def _encode(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
         """Encoder outputs by kind, made by `generate` (transformers >= 5.18) or here; and the arguments used for it."""
         encoded, used = dict(kwargs.get("mm_encoder_outputs") or {}), set()
+        base: Any = type(self.executor.adapter.base)
         for kind, name in PIXELS.items():
             if encoded.get(kind) is None and kwargs.get(name) is not None:
                 encoder = getattr(self.executor.adapter.base, f"get_{kind}_features")
-                wanted = {
-                    key: kwargs[key] for key in _parameters(type(self.executor.adapter.base), kind) if key in kwargs
-                }
+                wanted = {key: kwargs[key] for key in _parameters(base, kind) if key in kwargs}
                 encoded[kind] = encoder(**wanted, return_dict=True)
                 used |= set(wanted)
         return {

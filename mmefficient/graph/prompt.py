@@ -16,6 +16,8 @@ from mmefficient.vision import Vision
 
 FIELDS = ("role", "image", "line", "source")
 """What reductions read of the map on the device; places in grids are for the host."""
+CHANGING = ("position", "size", "lives_until", "carried_by")
+"""What they write."""
 
 
 def bucket(tokens: int) -> int:
@@ -166,8 +168,9 @@ class Unpacked:
         until = torch.full_like(self.ids, layers, dtype=torch.int32)
         unknown = self.ids.new_full((1, 1), -1).expand_as(self.ids)
         rest = dict.fromkeys(("tile", "row", "col", "view"), unknown)
-        known = dict(zip(FIELDS, self.fields, strict=True))
-        return TokenMap(**known, **rest, position=self.position, size=size, lives_until=until)
+        rest |= dict(zip(FIELDS, self.fields, strict=True))
+        here = torch.arange(self.ids.shape[1], device=self.ids.device).repeat(len(self.ids), 1)
+        return TokenMap(**rest, position=self.position, size=size, lives_until=until, carried_by=here)
 
     def facts(self, host: HostFacts) -> HostFacts:
         """`host` with its tensors on the device."""

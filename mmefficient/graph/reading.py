@@ -11,7 +11,7 @@ from mmefficient.attention import row_scores
 from mmefficient.graph.block import attention, block, product
 from mmefficient.graph.capture import Inputs
 from mmefficient.graph.decoding import Session
-from mmefficient.graph.prompt import Prompt
+from mmefficient.graph.prompt import CHANGING, Prompt
 from mmefficient.masks import Segment, prefill_mask
 from mmefficient.reduction import LAST, Prefill, PromptState
 from mmefficient.vision import Tower
@@ -54,8 +54,7 @@ def read(
     out = engine.captures.run(key, lambda given: _read(engine, executor, reducers, prompt, tower, given, new), inputs)
     tokens = prompt.tokens  # without reducers it is made here, while the device is busy
     if reducers:
-        changed = {name: out[name].clone() for name in ("size", "lives_until", "position")}
-        tokens = tokens.replace(**changed)
+        tokens = tokens.replace(**{name: out[name].clone() for name in CHANGING})
     else:
         executor.look(tokens)
     executor.run.acted |= out["acted"]
@@ -149,11 +148,7 @@ def _after(
         state = prefill.state
         if state.shift is not None:
             following = following - state.shift[:, 0]
-        found = {
-            "size": state.tokens.size,
-            "lives_until": state.tokens.lives_until,
-            "position": state.tokens.position,
-        }
+        found = {name: getattr(state.tokens, name) for name in CHANGING}
     rows = [torch.zeros_like(fill), *(count - fill for count in slots), *first, *following]
     return found | {
         "state": torch.stack(rows),
