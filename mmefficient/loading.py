@@ -52,10 +52,9 @@ def load(
         **options,
     )
     if name == BIASED:
-        from mmefficient.models import reference
-        from mmefficient.models.reference import delta
+        from mmefficient.models.reference import adapt
 
-        delta.add(model, reference.biased_path())
+        adapt.load(model, adapt.VARIANTS / "biased")
     return model.to(target).eval(), processor
 
 
