@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mmefficient.models.base import Adapter
 
 STATE = "_mmefficient_state"
-FROM_LAYER_BEFORE = frozenset({"last_row_attention", "question_attention"})
+FROM_LAYER_BEFORE = frozenset({"last_row_attention", "question_attention", "key_norm"})
 FROM_OWN_LAYER = frozenset({"own_row_attention", "own_heads"})
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 Hooked = tuple[tuple[Any, ...], dict[str, Any]]
@@ -88,7 +88,7 @@ class Executor:
                 last = len(layers) - 1
                 raise PlanError(f"{reducer}: layer {reducer.site} is out of range; the model has layers 0 to {last}.")
             if reducer.site == 0 and reducer.needs & FROM_LAYER_BEFORE:
-                raise PlanError(f"{reducer}: layer 0 has no layer before it to take attention from; use layer >= 1.")
+                raise PlanError(f"{reducer}: layer 0 has no layer before it to learn from; use layer >= 1.")
             if reducer.position_policy == "compact" and self.adapter.mrope:
                 raise PlanError(f"{reducer}: positions here are (time, height, width) triplets; use positions='keep'.")
         name = type(self.adapter.decoder).__name__
@@ -348,11 +348,15 @@ class Executor:
 
     def parts(self, layer: Any, call: Call | None) -> Parts:
         """What reductions at the input of `layer` may use; without a call there are no texts."""
-        return Parts(self._project, self._rotary, partial(self._heads, layer), partial(self._texts, call))
+        return Parts(self._project, self._rotary, partial(self._heads, layer), partial(self._texts, call), self._norm)
 
     def _project(self, features: torch.Tensor) -> torch.Tensor:
         projector = self.adapter.tower_parts()[0]
         return projector(features)
+
+    def _norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.adapter.decoder.norm(hidden)
+        return normed
 
     def _texts(self, call: Call | None, matcher: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         assert call is not None

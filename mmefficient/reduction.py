@@ -16,6 +16,7 @@ from mmefficient.matchers import EMBEDDINGS, load
 from mmefficient.modulation import answering
 from mmefficient.packing import Units
 from mmefficient.points import (
+    KEYS,
     MatchTokens,
     OwnHeads,
     QuestionTokens,
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 LAST: Literal["last"] = "last"
-Asker = Literal["last"] | Reducer
-"""Whose attention a score is: the last prompt row's, or the question rows that a reducer chose."""
+Asker = Literal["last", "keys"] | Reducer
+"""Whose attention a score is: the last prompt row's, or the question rows that a reducer chose. KEYS: sizes of keys."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Parts:
         rotary: the decoder's rotary embedding, of hidden states and position ids.
         heads: query [B, H, n, d], key [B, G, n, d] and the factor on their products in the layer about to be entered,
             of hidden states and rope.
+        norm: the decoder's last norm.
         texts: the rows' questions in the space of a matcher, see `matchers.Matcher.texts`; of its name and a device.
     """
 
@@ -55,6 +57,7 @@ class Parts:
     rotary: Callable[[torch.Tensor, torch.Tensor], Rope]
     heads: Callable[[torch.Tensor, Rope], tuple[torch.Tensor, torch.Tensor, float]]
     texts: Callable[[str, torch.device], tuple[torch.Tensor, torch.Tensor]]
+    norm: Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -316,7 +319,11 @@ class Prefill:
             assert self.tower is not None
             assert self.tower.mark is not None
             mark = self.tower.mark.to(source.device)[source]
-        attention = question = own = None
+        if "final_norm" in reducer.needs:
+            hidden = parts.norm(hidden)
+        attention = question = own = key_norm = None
+        if "key_norm" in reducer.needs:
+            key_norm = self.scores[KEYS].to(at.device)[rows, index]
         if "last_row_attention" in reducer.needs:
             attention = self.scores[LAST]
         elif "question_attention" in reducer.needs:
@@ -331,7 +338,7 @@ class Prefill:
             own = self._own_heads(hidden, rows, index, parts)
         size = self.state.tokens.size[rows, at]
         return VisualTokens(
-            units.units, hidden[rows, index], filled, size, attention, tower, question, own, match, mark
+            units.units, hidden[rows, index], filled, size, attention, tower, question, own, match, mark, key_norm
         )
 
     def _match(
@@ -358,7 +365,9 @@ class Prefill:
 
     def _asked(self, units: Units, hidden: torch.Tensor, segment: Segment) -> QuestionTokens:
         slots, used = self.asking.slots(segment)
-        return QuestionTokens(hidden[units.rows[:, None], slots[units.rows]], used[units.rows])
+        at = units.rows[:, None], slots[units.rows]
+        norms = self.scores.get(KEYS)
+        return QuestionTokens(hidden[at], used[units.rows], None if norms is None else norms.to(hidden.device)[at])
 
     def _own_row(self, hidden: torch.Tensor, segment: Segment, parts: Parts) -> torch.Tensor:
         """Attention of the last prompt row in the layer about to be entered, float32 [B, n]."""
