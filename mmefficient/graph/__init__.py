@@ -90,8 +90,8 @@ def _refusal(executor: Executor) -> str | None:
         return "the model is not on one CUDA device or the CPU"
     if executor.run.mode != "apply":
         return "simulating removes no tokens"
-    if executor.modulated:
-        return "the plan changes attention"
+    if executor.modulated or executor.layered:
+        return "the plan changes what layers compute"
     for method in executor.reducers:
         if method.adaptive or method.weighted or not method.needs <= KNOWN:
             return f"{method.name} decides by what the programs do not keep"
