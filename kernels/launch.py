@@ -15,7 +15,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 @triton.jit
-def begin(OVERLAP: tl.constexpr):
+def begin(OVERLAP: tl.constexpr) -> None:
     """What a launched kernel does before it touches memory: wait for the one before, then let the one behind start."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
