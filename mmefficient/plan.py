@@ -87,7 +87,8 @@ class Plan:
         Args:
             model: a ForConditionalGeneration model of a supported family.
             mode: "apply" removes tokens; "simulate" decides the same but only hides them, which saves nothing.
-            tokenizer: the model's, for methods that read the words of the question; others need none.
+            tokenizer: the model's, for methods that read the words of the question (`matchers.words.Words` leaves the
+                chat template's out); others need none.
             engine: "eager": `generate` runs as it is; "graph": it runs as recorded programs (CUDA graphs), or raises;
                 "auto": as recorded programs where that works. Without a GPU "auto" runs the programs unrecorded.
 

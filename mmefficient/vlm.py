@@ -16,6 +16,7 @@ from mmefficient.errors import InputError
 from mmefficient.graph import EngineName
 from mmefficient.images import ImageSource, load_image, to_device
 from mmefficient.loading import load, pixel_options
+from mmefficient.matchers.words import Words
 from mmefficient.plan import Plan
 from mmefficient.report import Report
 
@@ -129,7 +130,7 @@ class VLM:
 
         def work() -> None:
             try:
-                with self._lock, plan.apply(self.model, tokenizer=self.processor.tokenizer, engine=self.engine):
+                with self._lock, plan.apply(self.model, tokenizer=Words(self.processor), engine=self.engine):
                     self._generate(inputs, options)
             except BaseException as error:
                 failures.append(error)
@@ -153,7 +154,7 @@ class VLM:
         with self._lock, StageTimer(self.model) as timer:
             with timer.preprocess():
                 inputs = self._encode(conversations, chosen)
-            with chosen.apply(self.model, tokenizer=self.processor.tokenizer, engine=self.engine) as run:
+            with chosen.apply(self.model, tokenizer=Words(self.processor), engine=self.engine) as run:
                 sequences = self._generate(inputs, generate_kwargs)
         generated = sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(generated, skip_special_tokens=True)
