@@ -21,8 +21,8 @@ def load(
 ) -> tuple[Any, Any]:
     """Return (model in evaluation mode on its device, processor that pads on the left).
 
-    `name` is a folder in Hugging Face format, a hub id, ``reference`` for the embedded model, ``reference+NAME`` for the
-    same with one of its deltas (``reference-biased`` is the one that makes it hallucinate), or the folder of a delta
+    `name` is a folder in Hugging Face format, a hub id, ``reference`` for the embedded model, ``reference+NAME`` for
+    one of its deltas (``reference-biased`` is the one that makes it hallucinate), or the folder of a delta
     (`models.reference.adapt`). `device` and `dtype` are as in `resolve_device` and `resolve_dtype`. Code from the hub
     is never run.
 
