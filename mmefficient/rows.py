@@ -325,11 +325,15 @@ def check_layer(layer: Any, plan: LayerPlan, adapter: Adapter, flash: bool) -> N
             type(m) is not nn.Linear for m in linear
         ):
             raise ModelError(f"{type(layer.mlp).__name__} is no gated FFN of plain matrices; its width cannot be cut.")
+        if layer.mlp.up_proj.weight.is_meta:
+            raise ModelError("the FFN of offloaded weights cannot be cut; load the model on one device.")
     if layer.training or layer in _CHECKED:
         return
     weight = layer.input_layernorm.weight
-    probe = torch.randn(1, 2, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight)
-    position = torch.arange(2, device=weight.device)[None]
+    # offloaded weights are elsewhere until their module runs
+    device = layer.input_layernorm._hf_hook.execution_device if weight.is_meta else weight.device
+    probe = torch.randn(1, 2, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(device, weight.dtype)
+    position = torch.arange(2, device=device)[None]
     rope = adapter.decoder.rotary_emb(probe, position.expand(3, 1, -1) if adapter.mrope else position)
     ours = RowLayer(layer, plan, False, layer.forward)
     with torch.no_grad():
