@@ -47,8 +47,8 @@ def heads_tab(service: Service, inputs: Inputs) -> None:
     """Build the tab inside the current `gr.Blocks`."""
     gr.Markdown(
         "What every head does with the picture of the first tab, without a plan: *divergence*, how much its output in "
-        "the last prompt row depends on the picture; *image mass*, the attention it gives it; *gain*, what `vhr` would do. "
-        "A row is a layer; hover for the value."
+        "the last prompt row depends on the picture; *image mass*, the attention it gives it; *gain*, what `vhr` would "
+        "do. A row is a layer; hover for the value."
     )
     button = gr.Button("Measure the heads", variant="primary", elem_id="heads")
     maps = gr.HTML(elem_id="head-maps")
