@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +23,16 @@ from mmefficient.plan import Plan
 
 @dataclass(frozen=True)
 class Job:
-    """A plan, its answers so far, and its budget; `rivals` are the plans it has to beat, by name of the baseline."""
+    """A plan and its answers so far; `rivals` are the plans it has to beat, by name of the baseline."""
 
     plan: Plan
     log: AnswerLog
-    share: float
     rivals: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """The plan's budget (`baselines.budget`), known once all questions are answered."""
+        return budget(self.log.answers.values())
 
 
 class Execution:
@@ -64,16 +68,17 @@ class Execution:
         ids = [record.id for record in self.records]
         log = self._stack.enter_context(AnswerLog(self.folder, name, header, ids, self.world.rank))
         log.share(self.world.gather(list(log.answers.values())))
-        first = log.answers.get(ids[0])
-        if first is None:
+        if ids[0] not in log.answers:
             with self.asker.under(plan) as run:
-                first = self.asker.ask(self.records[:1], run)[0]
-        self.jobs[str(plan)] = Job(plan, log, budget(first))
+                self.asker.ask(self.records[:1], run)
+        self.jobs[str(plan)] = Job(plan, log)
         return self.jobs[str(plan)]
 
-    def add_baselines(self, job: Job) -> None:
-        """Adds the baselines at a plan's budget; what the model cannot carry goes to `left_out`."""
+    def add_baselines(self, job: Job, names: Collection[str]) -> None:
+        """Adds baselines at the budget of a plan that has been run; what the model cannot carry goes to `left_out`."""
         for name, plans in matched(job.share).items():
+            if name not in names:
+                continue
             try:
                 found = [str(self.add(plan).plan) for plan in plans]
             except MMEfficientError as error:

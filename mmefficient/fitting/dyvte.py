@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmefficient.fitting.scenes import ASKED, IGNORE, Batch, Prompts, batches, model_inputs
-from mmefficient.fitting.training import inputs_of, train
+from mmefficient.fitting.training import encoded_once, inputs_of, train
 from mmefficient.flops import layer_flops
 from mmefficient.methods.reducers.dyvte import gate, gate_input
 from mmefficient.models import adapter_for
@@ -42,15 +42,16 @@ class Gates:
         inputs: dict[str, Any] = dict(model_inputs(self.model, self.processor, batch))
         inputs |= {"logits_to_keep": batch.labels.shape[1], "use_cache": False}
         deciding = range(1, self.layers)
-        with inputs_of(self.adapter.layers, deciding) as seen:
-            full = self.model(**inputs).logits
+        with encoded_once(self.adapter.base):
+            with inputs_of(self.adapter.layers, deciding) as seen:
+                full = self.model(**inputs).logits
+            labels = []
+            for layer in deciding:
+                with Plan(f"exit(layer={layer})").apply(self.model):
+                    labels.append(label(full, self.model(**inputs).logits, batch.labels))
         index, used = batch.question(self.adapter.placeholders["image"])
         rows = torch.arange(len(index), device=index.device)[:, None]
         z = torch.stack([gate_input(QuestionTokens(seen[layer][rows, index], used)) for layer in deciding])
-        labels = []
-        for layer in deciding:
-            with Plan(f"exit(layer={layer})").apply(self.model):
-                labels.append(label(full, self.model(**inputs).logits, batch.labels))
         return z.float(), torch.stack(labels)
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
@@ -148,7 +149,7 @@ def fit(
         lr,
         minutes,
     )
-    if not done:
+    if done < steps:
         return None
     # the gates as they will be used, rounded
     for parameter in gates.parameters.values():

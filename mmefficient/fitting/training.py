@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,27 @@ from torch import nn
 
 LOG_EVERY = 20
 SAVE_EVERY = 100
+
+
+@contextmanager
+def encoded_once(base: Any) -> Iterator[None]:
+    """The image features of the first forward serve all others in the `with` block, which must show the same images."""
+    stock, own = base.get_image_features, "get_image_features" in vars(base)
+    found: list[Any] = []
+
+    @wraps(stock)
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        if not found:
+            found.append(stock(*args, **kwargs))
+        return found[0]
+
+    base.__dict__["get_image_features"] = encode
+    try:
+        yield
+    finally:
+        del base.__dict__["get_image_features"]
+        if own:
+            base.__dict__["get_image_features"] = stock
 
 
 @contextmanager
@@ -42,7 +64,7 @@ def train(
     steps: int,
     lr: float,
     minutes: float,
-) -> bool:
+) -> int:
     """AdamW with a linear warm-up and a cosine to zero; goes on from `out`/state.pt, and leaves it there.
 
     Args:
@@ -50,7 +72,7 @@ def train(
         minutes: stop, resumably, after this long.
 
     Returns:
-        whether all steps are done.
+        the steps done so far, all calls together.
     """
     out.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(parameters.parameters(), lr=lr, weight_decay=0.01)
@@ -89,4 +111,4 @@ def train(
             (out / "state.partial").replace(state)
         if late:
             break
-    return step >= steps
+    return step
