@@ -18,7 +18,7 @@ MARK = "does not beat random"
 def tables(result: Mapping[str, Any]) -> str:
     """One table per site: cost, accuracy per kind with the paired difference to no plan, and the clock."""
     rows, clock = result["rows"], result["clock"]
-    kinds = [MEAN, *(kind for kind in result["judged_by"] if kind != MEAN)]
+    kinds = [MEAN, *(kind for kind in result["judged_by"] if kind not in (MEAN, "existence"))]
     batches = [str(batch) for batch in clock.get("batches", ())]
     titles = ["plan", "tokens, mean over layers", "prefill FLOPs", "of no plan's mean", "− random, same tokens"]
     titles += [f"{kind} %" for kind in kinds]
@@ -40,7 +40,7 @@ def _intro(result: Mapping[str, Any]) -> str:
     gpus = result["environment"].get("gpus") or [{}]
     parts = [
         f"Accuracy: embedded model, scenes test split, {settings['questions']} questions, {settings['dtype']}, greedy. "
-        "In brackets the paired difference to no plan in points, 95 % bootstrap over pictures.",
+        "In brackets the 95 % interval of the paired difference to no plan, in points (bootstrap over pictures).",
         f"**{NOT_BETTER}**: the plan's mean accuracy {MARK} in the paired interval; random keeps the same number of "
         "(token, layer) pairs at the language model's input, mean of three seeds.",
     ]

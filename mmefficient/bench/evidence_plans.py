@@ -9,7 +9,7 @@ BUDGETS = (0.5, 0.25, 0.1111, 0.0556)
 """Shares of the visual tokens; of 576 they leave 288, 144, 64 and 32."""
 
 PRUNED = ("fastervlm", "vispruner", "divprune", "scope", "hiprune", "dart", "prumerge", "tome", "trim", "cdpruner")
-BIASES = (-4.0, -2.0, 0.0, 2.0, 4.0)
+BIASES = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ def entries(layers: int, budgets: Sequence[float] = BUDGETS) -> list[Entry]:
             found += [Entry("before the language model", f"{plan}{end}", share) for end in (")", ",positions=keep)")]
         stages = tuple(round(share ** (stage / 3), 4) for stage in (1, 2, 3))
         early = max(1, round(layers / 16))
-        inside = [f"fastv(layer={early + 1},keep={share})", f"pyramiddrop(shares={stages})"]
+        inside = [f"fastv(layer={layer},keep={share})" for layer in (early + 1, layers // 3, layers // 2)]
+        inside.append(f"pyramiddrop(shares={stages})")
         inside += [f"sparsevlm(shares={stages})", f"sparsevlm(shares={stages},recycle=0)"]
         inside.append(f"pact(layer={2 * early},keep={min(1.0, round(1.1 * share, 4))})")
         found += [Entry("in the language model", plan, share) for plan in inside]
-    exits = [f"exit(layer={layer})" for layer in range(layers // 3, layers)]
+    exits = [f"exit(layer={layer})" for layer in range(layers // 3, layers, max(1, layers // 12))]
     exits += ["exit(layer=auto)", *(f"dyvte(bias={bias})" for bias in BIASES), "fastv(keep=0.5)+dyvte(bias=0.0)"]
     return [*found, *(Entry("exit", plan, None) for plan in exits)]

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,6 @@ from torch import nn
 
 LOG_EVERY = 20
 SAVE_EVERY = 100
-
-
-@contextmanager
-def encoded_once(base: Any) -> Iterator[None]:
-    """The image features of the first forward serve all others in the `with` block, which must show the same images."""
-    stock, own = base.get_image_features, "get_image_features" in vars(base)
-    found: list[Any] = []
-
-    @wraps(stock)
-    def encode(*args: Any, **kwargs: Any) -> Any:
-        if not found:
-            found.append(stock(*args, **kwargs))
-        return found[0]
-
-    base.__dict__["get_image_features"] = encode
-    try:
-        yield
-    finally:
-        del base.__dict__["get_image_features"]
-        if own:
-            base.__dict__["get_image_features"] = stock
 
 
 @contextmanager
