@@ -228,6 +228,7 @@ def evidence(
     method: Annotated[list[str] | None, typer.Option(help="Only plans with this method; repeat for more.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="A batch size to time; repeat for more. 1 and 8.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per batch.")] = None,
+    engine: Annotated[str, typer.Option(help="What runs the timed plans.")] = "eager",
     repeats: Repeats = 7,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -238,7 +239,7 @@ def evidence(
     """
     from mmefficient.bench.evidence import command
 
-    command(out, clock, limit, budget, method, batch, batch_size, repeats, device, dtype)
+    command(out, clock, limit, budget, method, batch, batch_size, repeats, engine, device, dtype)
 
 
 def _target(model: str, device: str, dtype: str, *, small: bool = False) -> Any:

@@ -36,7 +36,9 @@ from mmefficient.plan import Plan
 from mmefficient.profiles import Checkpoint
 from mmefficient.vlm import VLM
 
-WARM_UP = 3
+WARM_UP = {"eager": 1}
+"""Rounds that are not timed; 3 for other engines, which compile or capture."""
+
 PER_KIND = ("value", "low", "high")
 
 
@@ -122,7 +124,7 @@ def first_token(
     for batch in batches:
         inputs = prompt(target.model, target.processor, batch)
         ms: dict[Runner, list[float]] = {}
-        for index in range(-WARM_UP, repeats):
+        for index in range(-WARM_UP.get(engine.name, 3), repeats):
             for runner in list(runners):
                 try:
                     took = wall_ms(partial(runner.generate, inputs, 1), target.model.device)
@@ -184,25 +186,32 @@ def run(
     open_target: Callable[[], Target] | None,
     batches: Sequence[int],
     repeats: int,
+    engine_name: str = "eager",
     folder: Path | None = None,
 ) -> dict[str, Any]:
     """Measure everything, on all processes; every one of them has the whole result.
 
     Args:
-        open_target: gives the `result.Target` to time on; None = no times. folder: for answers, to resume from.
+        open_target: gives the `result.Target` to time on; None = no times. Plans that differ from another in
+            `positions=keep` alone cost the same and are not timed.
+        folder: for answers, to resume from.
     """
     world = Processes.current()
     chosen, left_out = usable(entries, vlm)
     rows, facts = accuracy(chosen, vlm, limit=limit, batch_size=batch_size, out=folder)
-    timed: list[dict[str, Any]] = []
-    clock: dict[str, Any] = {}
-    if open_target is not None:
+    plans = [row["plan"] for row in rows[1:] if "positions=keep" not in row["plan"]]
+    made: list[dict[str, Any]] = []
+    about: list[dict[str, Any]] = []
+    # who times is alone on the device
+    if open_target is not None and not (world.crowded and world.rank):
         target = open_target()
-        [engine] = [each for each in target.engines(None) if each.ours][-1:]
-        own = [row["plan"] for row in rows[1:]][world.rank :: world.size]
-        timed = world.gather(first_token(own, target, batches, repeats, engine))
-        clock = {"model": target.name, "engine": engine.name, "batches": list(batches), "repeats": repeats}
-        clock |= {"dtype": str(target.model.dtype).removeprefix("torch."), "processes": world.size}
+        [engine] = target.engines([engine_name])
+        own = plans if world.crowded else plans[world.rank :: world.size]
+        made = first_token(own, target, batches, repeats, engine)
+        about = [{"model": target.name, "engine": engine.name, "batches": list(batches), "repeats": repeats}]
+        about[0]["dtype"] = str(target.model.dtype).removeprefix("torch.")
+    timed, found = world.gather(made), world.gather(about)
+    clock = {**found[0], "processes": len(found)} if found else {}
     return {"benchmark": "evidence", "rows": joined(rows, timed), "left_out": left_out, "clock": clock, **facts}
 
 
@@ -215,6 +224,7 @@ def command(
     batches: Sequence[int] | None,
     batch_size: int | None,
     repeats: int,
+    engine: str,
     device: str,
     dtype: str,
 ) -> None:
@@ -238,6 +248,7 @@ def command(
         open_target=None if clock == "none" else partial(Target.open, clock, place, dtype),
         batches=batches or (1, 8),
         repeats=repeats,
+        engine_name=engine,
         folder=out / "answers",
     )
     if world.rank:

@@ -88,30 +88,41 @@ class Execution:
                 job.rivals[name] = found
 
     def run(self, size: int, check: int, progress: bool | None) -> list[PlanRun]:
-        """Answers, in batches of `size`, what the logs lack; asks `check` questions per plan again, one by one."""
+        """Answers, in batches of `size`, what the logs lack; asks `check` questions per plan again, one by one.
+
+        Batches are dealt out plan after plan, and processes meet at the end alone, so that none waits at every plan.
+        """
         whole = batches(self.records, size, self.asker.task)
-        todo = {}
+        todo, dealt = {}, 0
         for name, job in self.jobs.items():
             lacking = [batch for batch in whole if any(record.id not in job.log.answers for record in batch)]
-            todo[name] = lacking[self.world.rank :: self.world.size]
+            todo[name] = lacking[(self.world.rank - dealt) % self.world.size :: self.world.size]
+            dealt += len(lacking)
+        check = min(check, len(self.records))
+        checked = [self.records[i * len(self.records) // check] for i in range(check)]
         done = sum(len(job.log.answers) for job in self.jobs.values())
         ahead = sum(len(batch) for own in todo.values() for batch in own)
         hidden = True if self.world.rank else None if progress is None else not progress
         with tqdm(total=done + ahead, initial=done, unit="question", smoothing=0.05, disable=hidden) as bar:
-            return [self._run(job, todo[name], check, bar) for name, job in self.jobs.items()]
+            alone = {name: self._ask(job, todo[name], checked, bar) for name, job in self.jobs.items()}
+        return [self._collect(job, alone[name], checked) for name, job in self.jobs.items()]
 
-    def _run(self, job: Job, todo: Sequence[Sequence[Record]], check: int, bar: tqdm[Any]) -> PlanRun:
+    def _ask(
+        self, job: Job, todo: Sequence[Sequence[Record]], checked: Sequence[Record], bar: tqdm[Any]
+    ) -> dict[str, str]:
+        """This process's part of a plan; returns its answers to questions asked alone."""
         bar.set_description(str(job.plan))
-        check = min(check, len(self.records))
-        checked = [self.records[i * len(self.records) // check] for i in range(check)]
         own = checked[self.world.rank :: self.world.size]
-        alone = {}
-        if todo or own:
-            with self.asker.under(job.plan) as run:
-                for batch in todo:
-                    job.log.append(self.asker.ask(batch, run))
-                    bar.update(len(batch))
-                alone = {record.id: self.asker.ask([record], run)[0].text for record in own}
+        if not todo and not own:
+            return {}
+        with self.asker.under(job.plan) as run:
+            for batch in todo:
+                job.log.append(self.asker.ask(batch, run))
+                bar.update(len(batch))
+            return {record.id: self.asker.ask([record], run)[0].text for record in own}
+
+    def _collect(self, job: Job, alone: Mapping[str, str], checked: Sequence[Record]) -> PlanRun:
+        """What all processes have answered."""
         job.log.share(self.world.gather(list(job.log.answers.values())))
         answers = [job.log.answers[record.id] for record in self.records]
         changed = {answer.id for answer in answers if alone.get(answer.id, answer.text) != answer.text}
