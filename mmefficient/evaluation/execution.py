@@ -70,7 +70,7 @@ class Execution:
         log.share(self.world.gather(list(log.answers.values())))
         if ids[0] not in log.answers:
             with self.asker.under(plan) as run:
-                self.asker.ask(self.records[:1], run)
+                self.asker.ask(self.records[:1], run, most=1)
         self.jobs[str(plan)] = Job(plan, log)
         return self.jobs[str(plan)]
 
