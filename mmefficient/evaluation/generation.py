@@ -49,7 +49,7 @@ class Asker:
             yield run
 
     def ask(self, records: Sequence[Record], run: Any, most: int | None = None) -> list[Answer]:
-        """Answers to the records of one batch, from the model as `under` left it; `most` tokens, or the task's number."""
+        """Answers to the records of one batch, from the model as `under` left it; `most` tokens if given."""
         self._shared.pictures = [record.picture for record in records]
         with StageTimer(self.model) as timer:
             with timer.preprocess():
