@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {"hf": "#8c8c8c", "hf-static": "#c49a3c", "eager": "#3b76af", "graph": "#2e8b57"}
+COLOURS = {"hf": "#8c8c8c", "hf-static": "#c49a3c", "eager": "#3b76af", "graph": "#2e8b57", "auto": "#2e8b57"}
 
 
 def latency(result: dict[str, Any]) -> Figure:
