@@ -1,4 +1,4 @@
-"""The plan of blocks, computed on the device: three small kernels and one read of five integers."""
+"""The plan of blocks, computed on the device: one small kernel and one read of six integers."""
 
 from __future__ import annotations
 
@@ -71,138 +71,123 @@ def pairs(
 
 
 @triton.jit
-def _sort_rows(
-    role, queries, rules, soft, rest, source, needs, keys, rows, padded, patterns,
-    SIMPLE: tl.constexpr, STEP: tl.constexpr,
+def _sorted(role, queries, rules, b, start, keys, rows, SIMPLE: tl.constexpr, STEP: tl.constexpr):
+    """Of `STEP` query rows from `start`: the row, its own key, whether it is soft, whether it is a rest row, its source."""
+    n = start + tl.arange(0, STEP)
+    inside = n < rows
+    own = tl.load(queries + b * rows + n, mask=inside, other=-1)
+    which = tl.load(role + b * keys + own, mask=own >= 0, other=0)
+    rule = tl.load(rules + which)
+    solo = (own < 0) | (which == 0)
+    if SIMPLE:
+        solo = solo | ((rule >> 24) != 0)
+    source = tl.where((which > 0) & ((rule & 0xFF) != 0), own, -1)
+    return n, own, (inside & ~solo).to(tl.int32), (inside & solo).to(tl.int32), source
+
+
+@triton.jit
+def _plan(
+    role, page, row, col, segment, group, mask, queries, rules, lists, copied, blocks, counts, needs,
+    keys, rows, padded, batch, patterns, q_blocks, k_blocks,
+    KINDS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Split the query rows of one row of the batch into those that need a softmax and the others, order kept."""
-    b = tl.program_id(0)
-    s = tl.program_id(1)
-    out = (b * patterns + s) * padded
-    n_soft = 0
-    n_rest = 0
-    for start in range(0, rows, STEP):
-        n = start + tl.arange(0, STEP)
-        inside = n < rows
-        own = tl.load(queries + b * rows + n, mask=inside, other=-1)
-        which = tl.load(role + b * keys + own, mask=own >= 0, other=0)
-        rule = tl.load(rules + s * 6 + which)
-        solo = (own < 0) | (which == 0)
-        if SIMPLE:
-            solo = solo | ((rule >> 24) != 0)
-        is_soft = (inside & ~solo).to(tl.int32)
-        is_rest = (inside & solo).to(tl.int32)
-        tl.store(soft + out + n_soft + tl.cumsum(is_soft, 0) - 1, n, mask=is_soft != 0)
-        spot = out + n_rest + tl.cumsum(is_rest, 0) - 1
-        tl.store(rest + spot, n, mask=is_rest != 0)
-        tl.store(source + spot, tl.where((which > 0) & ((rule & 0xFF) != 0), own, -1), mask=is_rest != 0)
-        n_soft += tl.sum(is_soft, 0)
-        n_rest += tl.sum(is_rest, 0)
-    tl.atomic_max(needs, n_soft)
-    tl.atomic_max(needs + 1, n_rest)
-
-
-@triton.jit
-def _classify(
-    soft,
-    state,
-    queries,
-    rules,
-    role,
-    page,
-    row,
-    col,
-    segment,
-    group,
-    mask,
-    keys,
-    rows,
-    padded,
-    batch,
-    patterns,
-    q_blocks,
-    k_blocks,
-    GROUPS: tl.constexpr,
-    PLACES: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """State of one (query block, key block): no pair exists, some, or all; over all groups and for each."""
-    kb = tl.program_id(0)
-    qb = tl.program_id(1)
-    bs = tl.program_id(2)
+    """One query block: its rows, and which key blocks they see in part or whole. The last one also lists rest rows."""
+    qb = q_blocks - 1 - tl.program_id(0)
+    bs = tl.program_id(1)
+    kind = tl.program_id(2)
     b = bs // patterns
-    s = bs % patterns
-    n = tl.load(soft + bs * padded + qb * BLOCK_M + tl.arange(0, BLOCK_M))
-    at = state + (bs * q_blocks + qb) * k_blocks + kb
-    step = batch * patterns * q_blocks * k_blocks
-    if tl.max(n, 0) < 0:
-        for g in tl.static_range(GROUPS):
-            tl.store(at + g * step, 0)
-    else:
+    rules += bs % patterns * 6
+    soft = lists + bs * padded
+    copied += bs.to(tl.int64) * (keys + k_blocks)
+    n_soft = 0
+    for start in range(0, rows, STEP):
+        n, own, is_soft, is_rest, source = _sorted(role, queries, rules, b, start, keys, rows, not MASKED, STEP)
+        n_soft += tl.sum(is_soft, 0)
+    rank = padded - n_soft
+    slot = qb * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(soft + slot, -1, mask=slot < rank)
+    line = (kind * batch * patterns + bs) * q_blocks + qb
+    lines = KINDS * batch * patterns * q_blocks
+    n_partial = 0
+    n_full = 0
+    gaps = 0
+    if ((qb + 1) * BLOCK_M > rank) | (qb == q_blocks - 1):
+        for start in range(0, rows, STEP):
+            n, own, is_soft, is_rest, source = _sorted(role, queries, rules, b, start, keys, rows, not MASKED, STEP)
+            at = rank + tl.cumsum(is_soft, 0) - 1
+            mine = (is_soft != 0) & (at >= qb * BLOCK_M) & (at < (qb + 1) * BLOCK_M)
+            tl.store(soft + at, n, mask=mine)
+            rank += tl.sum(is_soft, 0)
+        tl.debug_barrier()
+        n = tl.load(soft + slot)
         own = tl.load(queries + b * rows + n, mask=n >= 0, other=-1)
-        key = kb * BLOCK_N + tl.arange(0, BLOCK_N)
-        facts = query_facts(own, rules + s * 6, role, page, row, col, segment, b * keys, PLACES, SEGMENTS)
-        mask_base = b.to(tl.int64) * rows * keys
-        ok = pairs(
-            facts, own, key, n, rules + s * 6, role, page, row, col, segment, mask, b * keys, mask_base, keys,
-            PLACES, SEGMENTS, MASKED,
-        )  # fmt: skip
-        some = tl.max(tl.max(ok.to(tl.int32), 1), 0)
-        every = tl.min(tl.min((ok | (n < 0)[:, None]).to(tl.int32), 1), 0)
-        tl.store(at, some + every)
-        if GROUPS > 1:
-            of = tl.load(group + b * keys + key, mask=key < keys, other=-1)
-            for g in tl.static_range(1, GROUPS):
-                inside = ok & (of == g - 1)[None]
-                some_g = tl.max(tl.max(inside.to(tl.int32), 1), 0)
-                every_g = tl.min(tl.min((inside | (n < 0)[:, None]).to(tl.int32), 1), 0)
-                tl.store(at + g * step, some_g + every_g)
-
-
-@triton.jit
-def _list_blocks(
-    state, blocks, counts, needs, across, outer, inner, stride_out, stride_in, half, half_counts, STEP: tl.constexpr
-):
-    """Collect the partial and the full blocks along one line of `state`."""
-    line = tl.program_id(0)
-    at = state + (line // outer) * (outer * inner) + (line % outer) * stride_out
-    for kind in tl.static_range(2):
-        found = 0
-        last = 0
-        first = across
-        for start in range(0, inner, STEP):
-            i = start + tl.arange(0, STEP)
-            hit = (tl.load(at + i * stride_in, mask=i < inner, other=0) == kind + 1).to(tl.int32)
-            spot = blocks + kind * half + line.to(tl.int64) * inner + found + tl.cumsum(hit, 0) - 1
-            tl.store(spot, i, mask=hit != 0)
-            found += tl.sum(hit, 0)
-            last = tl.maximum(last, tl.max(tl.where(hit != 0, i, -1), 0))
-            first = tl.minimum(first, tl.min(tl.where(hit != 0, i, across), 0))
-        tl.store(counts + kind * half_counts + line, found)
-        tl.atomic_max(needs + 2 + kind, found)
-        if kind == 1:
-            tl.atomic_max(needs + 4, ((found > 0) & (last - first + 1 != found)).to(tl.int32))
-
-
-def list_blocks(
-    state: torch.Tensor, needs: torch.Tensor, transposed: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists of the partial and the full blocks along the last axis of `state` (or the one before), and their counts."""
-    outer, inner = state.shape[-2:]
-    strides = (inner, 1)
-    if transposed:
-        outer, inner, strides = inner, outer, (1, inner)
-    lead = state.shape[:-2]
-    blocks = torch.empty(2, *lead, outer, inner, dtype=torch.int32, device=state.device)
-    counts = torch.empty(2, *lead, outer, dtype=torch.int32, device=state.device)
-    step = min(1024, triton.next_power_of_2(inner))
-    _list_blocks[(counts[0].numel(),)](
-        state, blocks, counts, needs, 1 << 30, outer, inner, *strides, blocks[0].numel(), counts[0].numel(), STEP=step
-    )
-    return blocks, counts
+        facts = query_facts(own, rules, role, page, row, col, segment, b * keys, PLACES, SEGMENTS)
+        first = k_blocks
+        last = -1
+        for start in range(0, k_blocks, CHUNK):
+            key = start * BLOCK_N + tl.arange(0, CHUNK * BLOCK_N)
+            ok = pairs(
+                facts, own, key, n, rules, role, page, row, col, segment, mask, b * keys,
+                b.to(tl.int64) * rows * keys, keys, PLACES, SEGMENTS, MASKED,
+            )  # fmt: skip
+            if KINDS > 1:
+                of = tl.load(group + b * keys + key, mask=key < keys, other=-1)
+                ok = ok & (tl.where(kind > 0, of, -1) == kind - 1)[None]
+            some = tl.max(tl.reshape(tl.max(ok.to(tl.int32), 0), [CHUNK, BLOCK_N]), 1)
+            every = tl.min(tl.reshape(tl.min((ok | (n < 0)[:, None]).to(tl.int32), 0), [CHUNK, BLOCK_N]), 1)
+            kb = start + tl.arange(0, CHUNK)
+            partial = ((some > 0) & (every == 0)).to(tl.int32)
+            full = ((some > 0) & (every > 0)).to(tl.int32)
+            to = blocks + line.to(tl.int64) * k_blocks + tl.cumsum(partial, 0) - 1 + n_partial
+            tl.store(to, kb, mask=partial != 0)
+            to = blocks + (lines + line).to(tl.int64) * k_blocks + tl.cumsum(full, 0) - 1 + n_full
+            tl.store(to, kb, mask=full != 0)
+            n_partial += tl.sum(partial, 0)
+            n_full += tl.sum(full, 0)
+            first = tl.minimum(first, tl.min(tl.where(full != 0, kb, k_blocks), 0))
+            last = tl.maximum(last, tl.max(tl.where(full != 0, kb, -1), 0))
+            if (qb == q_blocks - 1) & (kind == 0):
+                tl.store(copied + keys + kb, some, mask=kb < k_blocks)
+        gaps = ((n_full > 0) & (last - first + 1 != n_full)).to(tl.int32)
+    tl.store(counts + line, n_partial)
+    tl.store(counts + lines + line, n_full)
+    tl.atomic_max(needs + 3, n_partial)
+    tl.atomic_max(needs + 4, n_full)
+    tl.atomic_max(needs + 5, gaps)
+    if (qb == q_blocks - 1) & (kind == 0):
+        for start in range(0, keys, STEP):
+            key = start + tl.arange(0, STEP)
+            tl.store(copied + key, -1, mask=key < keys)
+        tl.debug_barrier()
+        step = batch * patterns * padded
+        n_rest = 0
+        n_left = 0
+        for start in range(0, rows, STEP):
+            n, own, is_soft, is_rest, source = _sorted(role, queries, rules, b, start, keys, rows, not MASKED, STEP)
+            to = soft + step + n_rest + tl.cumsum(is_rest, 0) - 1
+            tl.store(to, n, mask=is_rest != 0)
+            tl.store(to + step, source, mask=is_rest != 0)
+            n_rest += tl.sum(is_rest, 0)
+            real = (is_rest != 0) & (source >= 0)
+            before = tl.load(queries + b * rows + n - 1, mask=real & (n > 0), other=-1)
+            seen = tl.load(copied + keys + source // BLOCK_N, mask=real, other=0) != 0
+            taken = real & seen & (before != own)
+            tl.store(copied + source, n, mask=taken)
+            is_left = ((is_rest != 0) & ~taken).to(tl.int32)
+            to = soft + 3 * step + n_left + tl.cumsum(is_left, 0) - 1
+            tl.store(to, n, mask=is_left != 0)
+            tl.store(to + step, source, mask=is_left != 0)
+            n_left += tl.sum(is_left, 0)
+        for start in range(0, padded, STEP):
+            at = start + tl.arange(0, STEP)
+            tl.store(soft + step + at, -1, mask=(at >= n_rest) & (at < padded))
+            tl.store(soft + 2 * step + at, -1, mask=(at >= n_rest) & (at < padded))
+            tl.store(soft + 3 * step + at, -1, mask=(at >= n_left) & (at < padded))
+            tl.store(soft + 4 * step + at, -1, mask=(at >= n_left) & (at < padded))
+        tl.atomic_max(needs, n_soft)
+        tl.atomic_max(needs + 1, n_rest)
+        tl.atomic_max(needs + 2, n_left)
 
 
 def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
@@ -210,39 +195,107 @@ def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
     batch, rows = layout.queries.shape
     keys, patterns, device = layout.role.shape[1], len(layout.rules), layout.role.device
     q_blocks, k_blocks = triton.cdiv(rows, block_m), triton.cdiv(keys, block_n)
-    padded = q_blocks * block_m
-    split = torch.full((3, batch, patterns, padded), -1, dtype=torch.int32, device=device)
-    soft, rest, source = split
-    needs = torch.zeros(5, dtype=torch.int32, device=device)
-    step = min(1024, triton.next_power_of_2(rows))
-    _sort_rows[(batch, patterns)](
-        layout.role, layout.queries, layout.rules, soft, rest, source, needs, keys, rows, padded, patterns,
-        SIMPLE=layout.mask is None, STEP=step,
-    )  # fmt: skip
     kinds = 1 if layout.groups == 1 else 1 + layout.groups
-    state = torch.empty(kinds, batch, patterns, q_blocks, k_blocks, dtype=torch.int8, device=device)
-    _classify[(k_blocks, q_blocks, batch * patterns)](
-        soft, state, layout.queries, layout.rules, *layout.pair_facts, keys, rows, padded, batch, patterns,
-        q_blocks, k_blocks, GROUPS=kinds,
-        PLACES=layout.page is not None, SEGMENTS=layout.segment is not None, MASKED=layout.mask is not None,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+    lists = torch.empty(5, batch, patterns, q_blocks * block_m, dtype=torch.int32, device=device)
+    copied = torch.empty(batch, patterns, keys + k_blocks, dtype=torch.int32, device=device)
+    blocks = torch.empty(2, kinds, batch, patterns, q_blocks, k_blocks, dtype=torch.int32, device=device)
+    counts = torch.empty(2, kinds, batch, patterns, q_blocks, dtype=torch.int32, device=device)
+    needs = torch.zeros(6, dtype=torch.int32, device=device)
+    _plan[(q_blocks, batch * patterns, kinds)](
+        *layout.pair_facts, layout.queries, layout.rules, lists, copied, blocks, counts, needs,
+        keys, rows, q_blocks * block_m, batch, patterns, q_blocks, k_blocks,
+        KINDS=kinds, PLACES=layout.page is not None, SEGMENTS=layout.segment is not None,
+        MASKED=layout.mask is not None, BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=2,
+        STEP=min(2048, triton.next_power_of_2(max(rows, keys))), num_warps=8,
     )  # fmt: skip
-    blocks, counts = list_blocks(state, needs)
-    order = counts[:, 0].sum(0).argsort(-1, descending=True).int()
-    n_soft, n_rest, partial, full, gaps = needs.tolist()
+    n_soft, n_rest, n_left, partial, full, gaps = needs.tolist()
     made = Schedule(
         block_m=block_m,
         block_n=block_n,
-        soft=soft,
-        rest=rest,
-        source=source,
-        state=state,
+        lists=lists,
+        copied=copied,
         blocks=blocks,
         counts=counts,
-        order=order,
         soft_blocks=triton.cdiv(n_soft, block_m),
         rest_blocks=triton.cdiv(n_rest, block_m),
+        left_blocks=triton.cdiv(n_left, block_m),
         longest=partial + full,
         contiguous=not gaps,
     )
     return replace(layout, schedule=made)
+
+
+@triton.jit
+def _classify(
+    role, page, row, col, segment, group, mask, queries, rules, state, keys, rows, patterns, q_blocks, k_blocks,
+    PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """State of one block of rows and keys in their own order: no pair exists (0), some do (1), or all (2)."""
+    kb = tl.program_id(0)
+    qb = tl.program_id(1)
+    bs = tl.program_id(2)
+    b = bs // patterns
+    rules += bs % patterns * 6
+    n = qb * BLOCK_M + tl.arange(0, BLOCK_M)
+    key = kb * BLOCK_N + tl.arange(0, BLOCK_N)
+    own = tl.load(queries + b * rows + n, mask=n < rows, other=-1)
+    facts = query_facts(own, rules, role, page, row, col, segment, b * keys, PLACES, SEGMENTS)
+    ok = pairs(
+        facts, own, key, tl.where(n < rows, n, -1), rules, role, page, row, col, segment, mask, b * keys,
+        b.to(tl.int64) * rows * keys, keys, PLACES, SEGMENTS, MASKED,
+    )  # fmt: skip
+    some = tl.max(tl.max(ok.to(tl.int32), 1), 0)
+    every = tl.min(tl.min((ok | (n >= rows)[:, None]).to(tl.int32), 1), 0)
+    tl.store(state + (bs * q_blocks + qb).to(tl.int64) * k_blocks + kb, some + every)
+
+
+@triton.jit
+def _list_blocks(state, blocks, counts, outer, inner, stride_out, stride_in, half, half_counts, STEP: tl.constexpr):
+    """Collect the blocks along one line of `state` that hold some pairs, and those that hold all."""
+    line = tl.program_id(0)
+    at = state + (line // outer).to(tl.int64) * (outer * inner) + (line % outer) * stride_out
+    for kind in tl.static_range(2):
+        found = 0
+        for start in range(0, inner, STEP):
+            i = start + tl.arange(0, STEP)
+            hit = (tl.load(at + i * stride_in, mask=i < inner, other=0) == kind + 1).to(tl.int32)
+            to = blocks + kind * half + line.to(tl.int64) * inner + found + tl.cumsum(hit, 0) - 1
+            tl.store(to, i, mask=hit != 0)
+            found += tl.sum(hit, 0)
+        tl.store(counts + kind * half_counts + line, found)
+
+
+Lists = tuple[torch.Tensor, torch.Tensor]
+
+
+def pairs_by_block(layout: Layout, block_m: int, block_n: int) -> tuple[Lists, Lists]:
+    """For every block of rows the key blocks of which it sees some or all, and the reverse; kept with the schedule.
+
+    Returns:
+        twice (blocks, counts): int32 [2, B, S, Q, K] and [2, B, S, Q], then [2, B, S, K, Q] and [2, B, S, K]; index 0
+        holds blocks with some pairs, 1 those with all. Rows stand in their own order.
+    """
+    made = layout.schedule
+    known = made.launches if made is not None else {}
+    key = ("pairs", block_m, block_n)
+    if key in known:
+        return known[key]  # type: ignore[no-any-return]
+    (batch, rows), keys, patterns = layout.queries.shape, layout.role.shape[1], len(layout.rules)
+    shape = (batch, patterns, triton.cdiv(rows, block_m), triton.cdiv(keys, block_n))
+    state = torch.empty(shape, dtype=torch.int8, device=layout.role.device)
+    _classify[(shape[3], shape[2], batch * patterns)](
+        *layout.pair_facts, layout.queries, layout.rules, state, keys, rows, patterns, *shape[2:],
+        PLACES=layout.page is not None, SEGMENTS=layout.segment is not None, MASKED=layout.mask is not None,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+    )  # fmt: skip
+    found = []
+    for outer, inner, strides in ((shape[2], shape[3], (shape[3], 1)), (shape[3], shape[2], (1, shape[3]))):
+        blocks = torch.empty(2, *shape[:2], outer, inner, dtype=torch.int32, device=state.device)
+        counts = torch.empty(2, *shape[:2], outer, dtype=torch.int32, device=state.device)
+        _list_blocks[(counts[0].numel(),)](
+            state, blocks, counts, outer, inner, *strides, blocks[0].numel(), counts[0].numel(),
+            STEP=min(1024, triton.next_power_of_2(inner)),
+        )  # fmt: skip
+        found.append((blocks, counts))
+    known[key] = (found[0], found[1])
+    return found[0], found[1]

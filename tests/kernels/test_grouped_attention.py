@@ -115,7 +115,7 @@ def test_any_mask(kernel: Any, device: torch.device) -> None:
 @pytest.mark.parametrize("parts", [2, 5])
 @pytest.mark.parametrize("partials", [False, True])
 def test_split_keys(device: torch.device, parts: int, partials: bool) -> None:
-    from mmefficient.kernels.grouped_attention import kernel as module
+    from mmefficient.kernels.grouped_attention import forward as module
 
     layout = layout_for(no_visual_self_attention(), 47, device, blocks=(16, 16))
     q, k, v = qkv(layout, 1, 1, 32, torch.float32)
