@@ -1,8 +1,8 @@
 """Gradients of `grouped_attention` in Triton.
 
-Two kernels recompute the weights from the saved log-sum-exp, as FlashAttention-2 does (arXiv 2307.08691, algorithm 2): one
-walks the key blocks of a query block for the gradient of q, one the query blocks of a key block for those of k and v and of
-the bias. Both evaluate only blocks that hold pairs. Here a row that sees itself alone is a row like any other.
+Two kernels recompute the weights from the saved log-sum-exp, as FlashAttention-2 does (arXiv 2307.08691, algorithm 2):
+one walks the key blocks of a query block for the gradient of q, one the query blocks of a key block for those of k, v
+and the bias. Both evaluate only blocks that hold pairs. Here a row that sees itself alone is a row like any other.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from mmefficient.kernels.grouped_attention.blocks import pairs_by_block
 from mmefficient.kernels.grouped_attention.layout import Layout
-from mmefficient.kernels.grouped_attention.schedule import pairs, pairs_by_block, query_facts
+from mmefficient.kernels.grouped_attention.schedule import pairs, query_facts
 
 
 @triton.jit
@@ -32,15 +33,14 @@ def _weights(
 
 
 @triton.jit
-def _rows(q, do, lse, delta, n, q_n, do_n, used, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """q, the gradient of the output, log-sum-exp and delta of rows; a row that sees nothing has weights of zero."""
+def _rows(q, do, lse, n, q_n, do_n, used, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """q, the gradient of the output and the log-sum-exp of rows; +inf makes the weights of a row that sees nothing 0."""
     d = tl.arange(0, BLOCK_D)
     inside = used[:, None] & (d < D)[None]
     x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=inside, other=0.0)
     y = tl.load(do + n[:, None].to(tl.int64) * do_n + d[None], mask=inside, other=0.0)
     level = tl.load(lse + n, mask=used, other=float("-inf"))
-    level = tl.where(level == float("-inf"), float("inf"), level)
-    return x, y, level, tl.load(delta + n, mask=used, other=0.0)
+    return x, y, tl.where(level == float("-inf"), float("inf"), level)
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _of_rows(
     n = qb * BLOCK_M + tl.arange(0, BLOCK_M)
     used = n < rows
     inside = used[:, None] & (d < D)[None]
-    x, y, level, _ = _rows(q, do, lse, lse, n, q_n, do_n, used, D, BLOCK_D)
+    x, y, level = _rows(q, do, lse, n, q_n, do_n, used, D, BLOCK_D)
     found = tl.load(out + n[:, None].to(tl.int64) * o_n + d[None], mask=inside, other=0.0).to(tl.float32)
     less = tl.sum(found * y.to(tl.float32), 1)
     if LSE:
@@ -99,7 +99,7 @@ def _of_rows(
                     facts, own, key, n, rules, role, page, row, col, segment, mask, b * keys,
                     b.to(tl.int64) * rows * keys, keys, PLACES, SEGMENTS, MASKED,
                 )  # fmt: skip
-            _, change = _weights(x, kk, vv, y, level, less, ok, bias, key, keys, scale, BIAS, kind == 0, PRECISION)
+            change = _weights(x, kk, vv, y, level, less, ok, bias, key, keys, scale, BIAS, kind == 0, PRECISION)[1]
             acc = tl.dot(change.to(kk.dtype), kk, acc, input_precision=PRECISION)
     at = dq + n[:, None].to(tl.int64) * dq_n + d[None]
     tl.store(at, (acc * scale).to(dq.dtype.element_ty), mask=inside)
@@ -148,7 +148,8 @@ def _of_keys(
                 qb = tl.load(blocks + (kind * lines + line).to(tl.int64) * q_blocks + i)
                 n = qb * BLOCK_M + tl.arange(0, BLOCK_M)
                 used = n < rows
-                x, y, level, less = _rows(at_q, at_do, lse + at_row, delta + at_row, n, q_n, do_n, used, D, BLOCK_D)
+                x, y, level = _rows(at_q, at_do, lse + at_row, n, q_n, do_n, used, D, BLOCK_D)
+                less = tl.load(delta + at_row + n, mask=used, other=0.0)
                 ok = used[:, None] & (key < keys)[None]
                 if kind == 0:
                     own = tl.load(queries + b * rows + n, mask=used, other=-1)

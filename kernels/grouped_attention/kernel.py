@@ -40,7 +40,7 @@ def unit(scale, MAP: tl.constexpr, BIAS: tl.constexpr):
 
 @triton.jit
 def _step(
-    x, top, total, acc, facts, own, n, kb, k, v, k_n, v_n,
+    x, top, total, acc, facts, own, n, kb, some, edge, k, v, k_n, v_n,
     rules, role, page, row, col, segment, groups_of, mask, base, mask_base, keys, factors, map_f, map_g, bias_row,
     scale, wanted, copied, copies, out, o_n,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, MAP: tl.constexpr,
@@ -53,9 +53,10 @@ def _step(
     real = key < keys
     if COPIES:
         to = tl.load(copied + key, mask=key < copies, other=-1)
-    at_k = k + key[None].to(tl.int64) * k_n + d[:, None]
-    at_v = v + key[:, None].to(tl.int64) * v_n + d[None]
-    if PARTIAL:
+    place = tl.minimum(key, keys - 1) if PARTIAL == 2 else key
+    at_k = k + place[None].to(tl.int64) * k_n + d[:, None]
+    at_v = v + place[:, None].to(tl.int64) * v_n + d[None]
+    if PARTIAL == 1:
         y = tl.load(at_k, mask=(d < D)[:, None] & real[None], other=0.0)
         z = tl.load(at_v, mask=(d < D)[None] & real[:, None], other=0.0)
     elif D < BLOCK_D:
@@ -66,10 +67,10 @@ def _step(
         z = tl.load(at_v)
     raw = tl.dot(x, y, input_precision=PRECISION)
     of = key
-    if MAP or (GROUPS > 1 and PARTIAL):
+    if MAP or (GROUPS > 1 and PARTIAL == 1):
         of = tl.load(groups_of + key, mask=real, other=0)
     logit = mapped(raw, factors, map_f, map_g, bias_row, of, key, real, scale, MAP, BIAS)
-    if PARTIAL:
+    if PARTIAL == 1:
         ok = pairs(
             facts, own, key, n, rules, role, page, row, col, segment, mask, base, mask_base, keys,
             PLACES, SEGMENTS, MASKED,
@@ -77,9 +78,21 @@ def _step(
         if GROUPS > 1:
             ok = ok & (of == wanted)[None]
         logit = tl.where(ok, logit, float("-inf"))
+    if PARTIAL == 2:
+        if GROUPS > 1:
+            if some:
+                mine = tl.load(groups_of + key, mask=real, other=-1) == wanted
+                logit = tl.where(mine[None], logit, float("-inf"))
+            some = some & (edge == 0)  # else every pair exists, and only some keys are of another group
+        if some:
+            ok = pairs(
+                facts, own, key, n, rules, role, page, row, col, segment, mask, base, mask_base, keys,
+                PLACES, SEGMENTS, MASKED,
+            )  # fmt: skip
+            logit = tl.where(ok, logit, float("-inf"))
     new = tl.maximum(top, tl.max(logit, 1))
     safe = new
-    if PARTIAL or BIAS or MAP:  # a row may have seen nothing but -inf
+    if PARTIAL > 0 or BIAS or MAP:  # a row may have seen nothing but -inf
         safe = tl.where(new == float("-inf"), 0.0, new)
     power = unit(scale, MAP, BIAS)
     weight = tl.exp2(logit * power - (safe * power)[:, None])
@@ -99,7 +112,7 @@ def _soft_rows(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
     GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
     LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
-    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One query block over one part of its keys."""
     d = tl.arange(0, BLOCK_D)
@@ -120,7 +133,7 @@ def _soft_rows(
                 counts, rules, role, page, row, col, segment, group, mask, bias, factors, map_f, map_g, gain, k_n,
                 v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, q_blocks, k_blocks, soft_blocks, kinds, parts,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS, GROUPS, SPLIT, MAP, BIAS, GAIN, LSE, COPIES, CONTIGUOUS, PLACES,
-                SEGMENTS, MASKED, AHEAD, PRECISION,
+                SEGMENTS, MASKED, ONE, PRECISION,
             )  # fmt: skip
     else:
         _one_group(
@@ -128,7 +141,7 @@ def _soft_rows(
             blocks, counts, rules, role, page, row, col, segment, group, mask, bias, factors, map_f, map_g, gain,
             k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, q_blocks, k_blocks, soft_blocks, kinds, parts,
             D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS, GROUPS, SPLIT, MAP, BIAS, GAIN, LSE, COPIES, CONTIGUOUS, PLACES,
-            SEGMENTS, MASKED, AHEAD, PRECISION,
+            SEGMENTS, MASKED, ONE, PRECISION,
         )  # fmt: skip
 
 
@@ -140,7 +153,7 @@ def _one_group(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
     GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
     LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
-    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     base = b * keys
     mask_base = b.to(tl.int64) * rows * keys
@@ -159,24 +172,37 @@ def _one_group(
     stop = (part + 1) * (partial + full) // parts
     if part >= parts:
         stop = first
-    start = tl.load(all_blocks, mask=full > 0, other=0)
+    start = tl.load(all_blocks)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for i in tl.range(first, tl.minimum(stop, full), num_stages=AHEAD):
-        kb = start + i if CONTIGUOUS else tl.load(all_blocks + i)
-        top, total, acc = _step(
-            x, top, total, acc, facts, own, n, kb, k, v, k_n, v_n, rules, role, page, row, col, segment,
-            group + base, mask, base, mask_base, keys, factors, map_f, map_g, bias, scale, g, copied, copies, out, o_n,
-            D, BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, False, COPIES, PRECISION,
-        )  # fmt: skip
-    for i in range(tl.maximum(first - full, 0), tl.maximum(stop - full, 0)):
-        kb = tl.load(some_blocks + i)
-        top, total, acc = _step(
-            x, top, total, acc, facts, own, n, kb, k, v, k_n, v_n, rules, role, page, row, col, segment,
-            group + base, mask, base, mask_base, keys, factors, map_f, map_g, bias, scale, g, copied, copies, out, o_n,
-            D, BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, True, COPIES, PRECISION,
-        )  # fmt: skip
+    if ONE:
+        for i in range(first, stop):
+            if CONTIGUOUS:  # what is masked off costs no wait
+                entry = tl.where(i < full, start + i, tl.load(some_blocks + (i - full), mask=i >= full, other=0))
+            else:
+                entry = tl.load(tl.where(i < full, all_blocks + i, some_blocks + (i - full)))
+            kb = entry & 0xFFFFFF
+            top, total, acc = _step(
+                x, top, total, acc, facts, own, n, kb, i >= full, entry >> 24, k, v, k_n, v_n, rules, role, page, row, col, segment,
+                group + base, mask, base, mask_base, keys, factors, map_f, map_g, bias, scale, g, copied, copies, out, o_n,
+                D, BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, 2, COPIES, PRECISION,
+            )  # fmt: skip
+    else:
+        for i in range(first, tl.minimum(stop, full)):
+            kb = start + i if CONTIGUOUS else tl.load(all_blocks + i)
+            top, total, acc = _step(
+                x, top, total, acc, facts, own, n, kb, False, False, k, v, k_n, v_n, rules, role, page, row, col, segment,
+                group + base, mask, base, mask_base, keys, factors, map_f, map_g, bias, scale, g, copied, copies, out, o_n,
+                D, BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, 0, COPIES, PRECISION,
+            )  # fmt: skip
+        for i in range(tl.maximum(first - full, 0), tl.maximum(stop - full, 0)):
+            kb = tl.load(some_blocks + i) & 0xFFFFFF
+            top, total, acc = _step(
+                x, top, total, acc, facts, own, n, kb, True, False, k, v, k_n, v_n, rules, role, page, row, col, segment,
+                group + base, mask, base, mask_base, keys, factors, map_f, map_g, bias, scale, g, copied, copies, out, o_n,
+                D, BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, 1, COPIES, PRECISION,
+            )  # fmt: skip
     factor = 1.0 / tl.where(total == 0, 1.0, total)
     if GAIN:
         factor *= tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)
@@ -269,20 +295,15 @@ def _forward(
     lists, copied, blocks, counts, queries, rules, head_pattern, role, page, row, col, segment, group, mask,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_g, o_b, o_h, o_n, bias_b, bias_h, map_f, map_b,
     map_h, map_g, gain_b, gain_h, gain_n, scale,
-    batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, rest_blocks, kinds, parts, together,
+    batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, rest_blocks, kinds, parts,
     REPEAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PATTERNS: tl.constexpr, GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
     GAIN: tl.constexpr, LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
-    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, INSIDE: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     soft_items = soft_blocks * parts * (1 if INSIDE else GROUPS)
-    items = soft_items + rest_blocks
-    # `together` heads share the processors: all their first blocks, then all their second ones, ...
-    pid = tl.program_id(0)
-    bunch = pid // (items * together)
-    width = tl.minimum(batch * heads - bunch * together, together)
-    pid -= bunch * items * together
-    item, bh = pid // width, bunch * together + pid % width
+    pid = tl.program_id(0)  # heads vary fastest: programs running together read the same lists
+    item, bh = pid // (batch * heads), pid % (batch * heads)
     b, h = bh // heads, bh % heads
     bs = b * PATTERNS
     if PATTERNS > 1:
@@ -302,7 +323,7 @@ def _forward(
             blocks, counts, queries, rules, role, page, row, col, segment, group, mask, bias, factors, map_f, map_g,
             gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks,
             soft_blocks, kinds, parts, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS, GROUPS, SPLIT, MAP, BIAS, GAIN, LSE,
-            COPIES, CONTIGUOUS, PLACES, SEGMENTS, MASKED, INSIDE, AHEAD, PRECISION,
+            COPIES, CONTIGUOUS, PLACES, SEGMENTS, MASKED, ONE, INSIDE, PRECISION,
         )  # fmt: skip
     else:
         line = batch * PATTERNS * padded

@@ -77,7 +77,7 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lead = (numbers[1],) if partials else ()
     out = q.new_empty(*lead, *q.shape, dtype=torch.float32) if partials else torch.empty_like(q)
-    return out, q.new_empty(*(*lead, *q.shape[:3]) if lse else (0,), dtype=torch.float32)
+    return out, q.new_empty(*lead, *q.shape[:2], q.shape[2] if lse else 0, dtype=torch.float32)
 
 
 def _backward(

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from mmefficient.kernels.accuracy import require
-from mmefficient.kernels.grouped_attention import Layout, causal, grouped_attention, make_layout, no_visual_self_attention
+from mmefficient.kernels.grouped_attention import (
+    Layout,
+    causal,
+    grouped_attention,
+    make_layout,
+    no_visual_self_attention,
+)
 from tests.kernels.prompts import facts, layout_for, qkv
 from tests.kernels.test_grouped_attention import PATTERNS, blocks
 
@@ -16,7 +22,11 @@ REAL = [pytest.param(n, marks=pytest.mark.gpu) for n in (577, 2881)]
 
 
 def gradients(
-    impl: Any, layout: Layout, tensors: dict[str, torch.Tensor], sent: dict[str, torch.Tensor], dtype: torch.dtype | None
+    impl: Any,
+    layout: Layout,
+    tensors: dict[str, torch.Tensor],
+    sent: dict[str, torch.Tensor],
+    dtype: torch.dtype | None,
 ) -> dict[str, torch.Tensor]:
     """Gradients of every tensor, when the gradients `sent` arrive at the output and the log-sum-exp."""
     leaves = {name: (t if dtype is None else t.to(dtype)).detach().requires_grad_() for name, t in tensors.items()}
@@ -43,11 +53,11 @@ def compare(layout: Layout, heads: int, kv_heads: int, dim: int, dtype: torch.dt
         require(gradient, eager[name], exact[name], f"gradient of {name}")
 
 
-@pytest.mark.parametrize("length", [65, *REAL])
+@pytest.mark.parametrize("length", [47, *REAL])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_pattern(device: torch.device, pattern: str, length: int) -> None:
     layout = layout_for(PATTERNS[pattern], length, device, **blocks(length))
-    compare(layout, 4, 2, 32, torch.float32 if length < 100 else torch.bfloat16)
+    compare(layout, 2, 1, 32, torch.float32 if length < 100 else torch.bfloat16)
 
 
 @pytest.mark.parametrize("length", [47, *REAL])

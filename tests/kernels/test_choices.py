@@ -11,8 +11,8 @@ from mmefficient.kernels import common
 from mmefficient.kernels.compact import compact
 from mmefficient.kernels.decode_attention import decode_attention
 from mmefficient.kernels.decode_attention import kernel as decode
-from mmefficient.kernels.grouped_attention import grouped_attention, make_layout
 from mmefficient.kernels.grouped_attention import forward as grouped
+from mmefficient.kernels.grouped_attention import grouped_attention, make_layout
 from mmefficient.kernels.grouped_attention.layout import default_blocks
 from mmefficient.kernels.key_scores import key_scores
 

@@ -42,7 +42,7 @@ def blocks(length: int) -> dict[str, Any]:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_pattern(kernel: Any, device: torch.device, pattern: str, length: int) -> None:
     layout = layout_for(PATTERNS[pattern], length, device, **blocks(length))
-    compare(kernel, layout, qkv(layout, 4, 2, 32, torch.float32 if length < 100 else torch.bfloat16))
+    compare(kernel, layout, qkv(layout, 2, 1, 32, torch.float32 if length < 100 else torch.bfloat16))
 
 
 @pytest.mark.parametrize("length", [65, *REAL])
