@@ -18,6 +18,7 @@ def counters(count: int, device: torch.device) -> torch.Tensor:
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
+    count = -(-count // 4) * 4  # slices stay aligned to 16 bytes, which Triton compiles for
     spare = _for_graphs.setdefault(device, [])
     if torch.cuda.is_current_stream_capturing():
         if not spare or spare[0].numel() < count:

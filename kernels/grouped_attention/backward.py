@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mmefficient.kernels.common import ceil_div, power_above
 from mmefficient.kernels.grouped_attention.blocks import pairs_by_block
 from mmefficient.kernels.grouped_attention.layout import Layout
 from mmefficient.kernels.grouped_attention.schedule import pairs, query_facts
@@ -217,9 +218,9 @@ def grouped_attention_backward(
         layout.queries, layout.rules, layout.role if layout.head_pattern is None else layout.head_pattern,
         *layout.pair_facts, bias_row,
     )  # fmt: skip
-    sizes = (scale, batch, heads, rows, keys, triton.cdiv(rows, block_m), triton.cdiv(keys, block_n))
+    sizes = (scale, batch, heads, rows, keys, ceil_div(rows, block_m), ceil_div(keys, block_n))
     settings = {
-        "REPEAT": heads // kv_heads, "D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_M": block_m,
+        "REPEAT": heads // kv_heads, "D": dim, "BLOCK_D": max(16, power_above(dim)), "BLOCK_M": block_m,
         "BLOCK_N": block_n, "PATTERNS": len(layout.rules), "BIAS": bias is not None, "PLACES": layout.page is not None,
         "SEGMENTS": layout.segment is not None, "MASKED": layout.mask is not None,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": warps, "num_stages": 2,

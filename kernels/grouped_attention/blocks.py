@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mmefficient.kernels.common import ceil_div, power_above
 from mmefficient.kernels.grouped_attention.layout import Layout
 from mmefficient.kernels.grouped_attention.schedule import pairs, query_facts
 
@@ -66,7 +67,7 @@ def pairs_by_block(layout: Layout, block_m: int, block_n: int) -> tuple[Lists, L
     if key in known:
         return known[key]  # type: ignore[no-any-return]
     (batch, rows), keys, patterns = layout.queries.shape, layout.role.shape[1], len(layout.rules)
-    shape = (batch, patterns, triton.cdiv(rows, block_m), triton.cdiv(keys, block_n))
+    shape = (batch, patterns, ceil_div(rows, block_m), ceil_div(keys, block_n))
     state = torch.empty(shape, dtype=torch.int8, device=layout.role.device)
     _classify[(shape[3], shape[2], batch * patterns)](
         *layout.pair_facts, layout.queries, layout.rules, state, keys, rows, patterns, *shape[2:],
@@ -79,7 +80,7 @@ def pairs_by_block(layout: Layout, block_m: int, block_n: int) -> tuple[Lists, L
         counts = torch.empty(2, *shape[:2], outer, dtype=torch.int32, device=state.device)
         _list_blocks[(counts[0].numel(),)](
             state, blocks, counts, outer, inner, *strides, blocks[0].numel(), counts[0].numel(),
-            STEP=min(1024, triton.next_power_of_2(inner)),
+            STEP=min(1024, power_above(inner)),
         )  # fmt: skip
         found.append((blocks, counts))
     known[key] = (found[0], found[1])

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from mmefficient.kernels.arrivals import counters
-from mmefficient.kernels.common import power_below, processors
+from mmefficient.kernels.common import power_above, power_below, processors
 from mmefficient.kernels.grouped_attention.kernel import _forward
 from mmefficient.kernels.grouped_attention.layout import Layout
 
@@ -114,7 +113,7 @@ def _prepare(
         spare if layout.head_pattern is None else layout.head_pattern, *layout.pair_facts, *strides, scale,
         batch, heads, rows, k.shape[2], made.lists.shape[-1], *made.blocks.shape[-2:], made.soft_blocks, rest_blocks,
         made.blocks.shape[1], parts,
-        heads // k.shape[1], dim, max(16, triton.next_power_of_2(dim)), made.block_m, made.block_n, len(layout.rules),
+        heads // k.shape[1], dim, max(16, power_above(dim)), made.block_m, made.block_n, len(layout.rules),
         groups, parts > 1, logit_map is not None, bias is not None, gain is not None, lse, copies, made.contiguous,
         layout.page is not None, layout.segment is not None, layout.mask is not None, bool(settings["ONE"]), bool(settings["INSIDE"]),
         "ieee" if q.dtype == torch.float32 else "tf32",

@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from mmefficient.kernels.common import ceil_div, power_above
 from mmefficient.kernels.grouped_attention.layout import Layout, Schedule
+from mmefficient.kernels.launch import launch
 
 
 @triton.jit
@@ -197,19 +199,23 @@ def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
     """The layout with its `Schedule` for blocks of `block_m` rows by `block_n` keys."""
     batch, rows = layout.queries.shape
     keys, patterns, device = layout.role.shape[1], len(layout.rules), layout.role.device
-    q_blocks, k_blocks = triton.cdiv(rows, block_m), triton.cdiv(keys, block_n)
+    q_blocks, k_blocks = ceil_div(rows, block_m), ceil_div(keys, block_n)
     kinds = 1 if layout.groups == 1 else 1 + layout.groups
     lists = torch.empty(5, batch, patterns, q_blocks * block_m, dtype=torch.int32, device=device)
     copied = torch.empty(batch, patterns, keys + k_blocks, dtype=torch.int32, device=device)
     blocks = torch.empty(2, kinds, batch, patterns, q_blocks, k_blocks, dtype=torch.int32, device=device)
     counts = torch.empty(2, kinds, batch, patterns, q_blocks, dtype=torch.int32, device=device)
     needs = torch.zeros(6, dtype=torch.int32, device=device)
-    _plan[(q_blocks, batch * patterns, kinds)](
-        *layout.pair_facts, layout.queries, layout.rules, lists, copied, blocks, counts, needs,
-        keys, rows, q_blocks * block_m, batch, patterns, q_blocks, k_blocks,
-        KINDS=kinds, PLACES=layout.page is not None, SEGMENTS=layout.segment is not None,
-        MASKED=layout.mask is not None, BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=2,
-        STEP=min(2048, triton.next_power_of_2(max(rows, keys))), num_warps=8,
+    launch(
+        _plan,
+        (q_blocks, batch * patterns, kinds),
+        (*layout.pair_facts, layout.queries, layout.rules, lists, copied, blocks, counts, needs),
+        (keys, rows, q_blocks * block_m, batch, patterns, q_blocks, k_blocks),
+        (
+            kinds, layout.page is not None, layout.segment is not None, layout.mask is not None, block_m, block_n, 2,
+            min(2048, power_above(max(rows, keys))),
+        ),
+        num_warps=8,
     )  # fmt: skip
     n_soft, n_rest, n_left, partial, full, gaps = needs.tolist()
     made = Schedule(
@@ -219,9 +225,9 @@ def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
         copied=copied,
         blocks=blocks,
         counts=counts,
-        soft_blocks=triton.cdiv(n_soft, block_m),
-        rest_blocks=triton.cdiv(n_rest, block_m),
-        left_blocks=triton.cdiv(n_left, block_m),
+        soft_blocks=ceil_div(n_soft, block_m),
+        rest_blocks=ceil_div(n_rest, block_m),
+        left_blocks=ceil_div(n_left, block_m),
         longest=partial + full,
         contiguous=not gaps,
     )

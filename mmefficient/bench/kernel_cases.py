@@ -155,17 +155,19 @@ def backward_cases(variants: bool) -> Iterator[Case]:
         return
     p = Problem(1, 32, 32, 2880)
     sent = torch.randn_like(p.q)
-    leaves = [t.detach().requires_grad_() for t in (p.q, p.k, p.v)]
+    q, k, v = (t.detach().requires_grad_() for t in (p.q, p.k, p.v))
 
     def case(what: str, pattern: Pattern, out: torch.Tensor) -> Case:
-        run = lambda: torch.autograd.grad(out, leaves, sent, retain_graph=True)  # noqa: E731
+        run = lambda: torch.autograd.grad(out, (q, k, v), sent, retain_graph=True)  # noqa: E731
         return Case("backward", "1x32 2880", what, run, lambda: p.check_gradients(pattern, run(), sent), launched_ms)
 
     for label, pattern in (("ours, causal", causal()), ("ours, no visual self-attention", no_visual_self_attention())):
-        yield case(label, pattern, grouped_attention(*leaves, p.layout(pattern), impl="triton"))  # type: ignore[arg-type]
+        out = grouped_attention(q, k, v, p.layout(pattern), impl="triton")
+        assert torch.is_tensor(out)
+        yield case(label, pattern, out)
     for what, backend in (("cuDNN causal", SDPBackend.CUDNN_ATTENTION), ("FA2 causal", SDPBackend.FLASH_ATTENTION)):
         with sdpa_kernel(backend):
-            yield case(what, causal(), F.scaled_dot_product_attention(*leaves, is_causal=True))
+            yield case(what, causal(), F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
 def window_cases(variants: bool) -> Iterator[Case]:
