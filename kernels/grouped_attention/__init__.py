@@ -72,7 +72,7 @@ def grouped_attention(
 
     Raises:
         ValueError: shapes that do not fit each other, or a scale that is not positive.
-        RuntimeError: impl="triton" where it cannot run, or where gradients of partial results or of a map are asked for.
+        RuntimeError: impl="triton" where it cannot run, or for gradients through partial results or a map.
     """
     _check(q, k, v, layout, bias, logit_map, head_gain, partials)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

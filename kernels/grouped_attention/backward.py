@@ -14,7 +14,7 @@ import triton.language as tl
 from mmefficient.kernels.common import ceil_div, power_above
 from mmefficient.kernels.grouped_attention.blocks import pairs_by_block
 from mmefficient.kernels.grouped_attention.layout import Layout
-from mmefficient.kernels.grouped_attention.schedule import pairs, query_facts
+from mmefficient.kernels.grouped_attention.schedule import known_of, pairs, query_facts
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _weights(
 
 @triton.jit
 def _rows(q, do, lse, n, q_n, do_n, used, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """q, the gradient of the output and the log-sum-exp of rows; +inf makes the weights of a row that sees nothing 0."""
+    """q, the gradient of the output and the log-sum-exp of rows; +inf gives a row that sees nothing weights of 0."""
     d = tl.arange(0, BLOCK_D)
     inside = used[:, None] & (d < D)[None]
     x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=inside, other=0.0)
@@ -83,7 +83,8 @@ def _of_rows(
         less -= tl.load(dlse + bh.to(tl.int64) * rows + n, mask=used, other=0.0)
     tl.store(delta + n, less, mask=used)
     own = tl.load(queries + b * rows + n, mask=used, other=-1)
-    facts = query_facts(own, rules, role, page, row, col, segment, b * keys, PLACES, SEGMENTS)
+    known = known_of(role, page, row, col, segment, group, mask, b, keys, rows)
+    facts = query_facts(own, rules, known, PLACES, SEGMENTS)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     lines = batch * PATTERNS * q_blocks
     line = bs * q_blocks + qb
@@ -96,10 +97,7 @@ def _of_rows(
             vv = tl.load(v + key[:, None].to(tl.int64) * v_n + d[None], mask=here, other=0.0)
             ok = used[:, None] & (key < keys)[None]
             if kind == 0:
-                ok = pairs(
-                    facts, own, key, n, rules, role, page, row, col, segment, mask, b * keys,
-                    b.to(tl.int64) * rows * keys, keys, PLACES, SEGMENTS, MASKED,
-                )  # fmt: skip
+                ok = pairs(facts, own, key, n, rules, known, keys, PLACES, SEGMENTS, MASKED)
             change = _weights(x, kk, vv, y, level, less, ok, bias, key, keys, scale, BIAS, kind == 0, PRECISION)[1]
             acc = tl.dot(change.to(kk.dtype), kk, acc, input_precision=PRECISION)
     at = dq + n[:, None].to(tl.int64) * dq_n + d[None]
@@ -129,6 +127,7 @@ def _of_keys(
     vv = tl.load(v + key[:, None].to(tl.int64) * v_n + d[None], mask=inside, other=0.0)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    known = known_of(role, page, row, col, segment, group, mask, b, keys, rows)
     lines = batch * PATTERNS * k_blocks
     for r in range(REPEAT):
         h = kv * REPEAT + r
@@ -154,11 +153,8 @@ def _of_keys(
                 ok = used[:, None] & (key < keys)[None]
                 if kind == 0:
                     own = tl.load(queries + b * rows + n, mask=used, other=-1)
-                    facts = query_facts(own, rule, role, page, row, col, segment, b * keys, PLACES, SEGMENTS)
-                    ok = pairs(
-                        facts, own, key, n, rule, role, page, row, col, segment, mask, b * keys,
-                        b.to(tl.int64) * rows * keys, keys, PLACES, SEGMENTS, MASKED,
-                    )  # fmt: skip
+                    facts = query_facts(own, rule, known, PLACES, SEGMENTS)
+                    ok = pairs(facts, own, key, n, rule, known, keys, PLACES, SEGMENTS, MASKED)
                 weight, change = _weights(
                     x, kk, vv, y, level, less, ok, at_bias, key, keys, scale, BIAS, kind == 0, PRECISION
                 )

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from mmefficient.kernels.common import ceil_div, power_above
 from mmefficient.kernels.grouped_attention.layout import Layout
-from mmefficient.kernels.grouped_attention.schedule import pairs, query_facts
+from mmefficient.kernels.grouped_attention.schedule import known_of, pairs, query_facts
 
 
 @triton.jit
@@ -25,11 +25,9 @@ def _classify(
     n = qb * BLOCK_M + tl.arange(0, BLOCK_M)
     key = kb * BLOCK_N + tl.arange(0, BLOCK_N)
     own = tl.load(queries + b * rows + n, mask=n < rows, other=-1)
-    facts = query_facts(own, rules, role, page, row, col, segment, b * keys, PLACES, SEGMENTS)
-    ok = pairs(
-        facts, own, key, tl.where(n < rows, n, -1), rules, role, page, row, col, segment, mask, b * keys,
-        b.to(tl.int64) * rows * keys, keys, PLACES, SEGMENTS, MASKED,
-    )  # fmt: skip
+    known = known_of(role, page, row, col, segment, group, mask, b, keys, rows)
+    facts = query_facts(own, rules, known, PLACES, SEGMENTS)
+    ok = pairs(facts, own, key, tl.where(n < rows, n, -1), rules, known, keys, PLACES, SEGMENTS, MASKED)
     some = tl.max(tl.max(ok.to(tl.int32), 1), 0)
     every = tl.min(tl.min((ok | (n >= rows)[:, None]).to(tl.int32), 1), 0)
     tl.store(state + (bs * q_blocks + qb).to(tl.int64) * k_blocks + kb, some + every)

@@ -101,24 +101,24 @@ def _prepare(
     parts = override.get("PARTS", 0) or parts_for(tasks, made.longest, device)
     plain = groups == 1 and not lse and gain is None
     copies = bool(override.get("COPIES", plain and made.left_blocks < made.rest_blocks))
-    rest_blocks = made.left_blocks if copies else made.rest_blocks
     strides = (
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], out.stride(0) if out.ndim == 5 else 0, *out.stride()[-4:-1],
         *((0, 0) if bias is None else bias.stride()[:2]), *((0,) * 4 if logit_map is None else logit_map.stride()),
         *((0,) * 3 if gain is None else gain.stride()),
     )  # fmt: skip
-    settings = {"ONE": 1, "INSIDE": 0} | tuning(made.block_m, dim, q.dtype, layout.page is not None) | override
+    settings = tuning(made.block_m, dim, q.dtype, layout.page is not None) | override
     fixed = (
         made.lists, made.copied, made.blocks, made.counts, layout.queries, layout.rules,
         spare if layout.head_pattern is None else layout.head_pattern, *layout.pair_facts, *strides, scale,
-        batch, heads, rows, k.shape[2], made.lists.shape[-1], *made.blocks.shape[-2:], made.soft_blocks, rest_blocks,
+        batch, heads, rows, k.shape[2], made.lists.shape[-1], *made.blocks.shape[-2:], made.soft_blocks,
         made.blocks.shape[1], parts,
-        heads // k.shape[1], dim, max(16, power_above(dim)), made.block_m, made.block_n, len(layout.rules),
-        groups, parts > 1, logit_map is not None, bias is not None, gain is not None, lse, copies, made.contiguous,
-        layout.page is not None, layout.segment is not None, layout.mask is not None, bool(settings["ONE"]), bool(settings["INSIDE"]),
+        heads // k.shape[1], dim, max(16, power_above(dim)), made.block_m, made.block_n, len(layout.rules), groups,
+        parts > 1, logit_map is not None, bias is not None, gain is not None, lse, copies, made.contiguous,
+        layout.page is not None, layout.segment is not None, layout.mask is not None,
         "ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
-    grid = ((made.soft_blocks * parts * (1 if settings["INSIDE"] else groups) + rest_blocks) * batch * heads, 1, 1)
+    rest_blocks = made.left_blocks if copies else made.rest_blocks
+    grid = ((made.soft_blocks * parts * groups + rest_blocks) * batch * heads, 1, 1)
     room = tasks * parts * made.block_m * (dim + 1) if parts > 1 else 0
     options = {name: settings[name] for name in ("num_warps", "num_stages")}
     compiled: Callable[..., Any] | None = None

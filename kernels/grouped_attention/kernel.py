@@ -2,8 +2,8 @@
 
 One launch serves rows with a softmax and rows without. A program of the first kind takes one query block of one head
 and, when few blocks would leave processors idle, one part of its key blocks; the part that finishes last merges them.
-With partial results every key group has a list of blocks, a softmax and an output of its own. The last query block reads
-the values of most rest rows anyway, so it copies them.
+With partial results every key group has a list of blocks, a softmax and an output of its own. The last query block
+reads the values of most rest rows anyway, so it can copy them.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmefficient.kernels.grouped_attention.schedule import pairs, query_facts
+from mmefficient.kernels.grouped_attention.schedule import known_of, pairs, query_facts
 
 
 @triton.jit
-def mapped(s, factors, map_f, map_g, bias_row, of, key, real, scale, MAP: tl.constexpr, BIAS: tl.constexpr):
+def mapped(s, shaping, of, key, real, scale, MAP: tl.constexpr, BIAS: tl.constexpr):
     """Logits after scale, map by group and bias; without map and bias they are left unscaled, see `unit`.
 
-    `factors` points at this head's a, `map_f` before b and c.
+    `shaping`: this head's biases, its a, and the strides to b and c and to the next group.
     """
+    bias, factors, map_f, map_g = shaping
     if MAP:
         s = s * scale
         a = tl.load(factors + of * map_g).to(tl.float32)
@@ -27,7 +28,7 @@ def mapped(s, factors, map_f, map_g, bias_row, of, key, real, scale, MAP: tl.con
         c = tl.load(factors + 2 * map_f + of * map_g).to(tl.float32)
         s = a[None] * s + m[None] * tl.abs(s) + c[None]
     if BIAS:
-        shift = tl.load(bias_row + key, mask=real, other=0.0).to(tl.float32)[None]
+        shift = tl.load(bias + key, mask=real, other=0.0).to(tl.float32)[None]
         s = s + shift if MAP else s * scale + shift
     return s
 
@@ -40,60 +41,42 @@ def unit(scale, MAP: tl.constexpr, BIAS: tl.constexpr):
 
 @triton.jit
 def _step(
-    x, top, total, acc, facts, own, n, kb, some, edge, k, v, k_n, v_n,
-    rules, role, page, row, col, segment, groups_of, mask, base, mask_base, keys, factors, map_f, map_g, bias_row,
-    scale, wanted, copied, copies, out, o_n,
+    x, top, total, acc, facts, own, n, kb, some, edge, k, v, k_n, v_n, rules, known, keys, shaping, scale, wanted,
+    copied, copies, out, o_n,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, MAP: tl.constexpr,
-    BIAS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PARTIAL: tl.constexpr,
-    COPIES: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, COPIES: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One key block of the running softmax."""
+    """One key block of the running softmax; `some`: not all of its pairs exist, `edge`: only because of the groups."""
     d = tl.arange(0, BLOCK_D)
     key = kb * BLOCK_N + tl.arange(0, BLOCK_N)
     real = key < keys
+    groups = known[5]
     if COPIES:
         to = tl.load(copied + key, mask=key < copies, other=-1)
-    place = tl.minimum(key, keys - 1) if PARTIAL == 2 else key
-    at_k = k + place[None].to(tl.int64) * k_n + d[:, None]
-    at_v = v + place[:, None].to(tl.int64) * v_n + d[None]
-    if PARTIAL == 1:
-        y = tl.load(at_k, mask=(d < D)[:, None] & real[None], other=0.0)
-        z = tl.load(at_v, mask=(d < D)[None] & real[:, None], other=0.0)
-    elif D < BLOCK_D:
+    place = tl.minimum(key, keys - 1).to(tl.int64)  # cheaper than a mask; what lies behind the end is no pair
+    at_k = k + place[None] * k_n + d[:, None]
+    at_v = v + place[:, None] * v_n + d[None]
+    if D < BLOCK_D:
         y = tl.load(at_k, mask=(d < D)[:, None], other=0.0)
         z = tl.load(at_v, mask=(d < D)[None], other=0.0)
     else:
         y = tl.load(at_k)
         z = tl.load(at_v)
-    raw = tl.dot(x, y, input_precision=PRECISION)
     of = key
-    if MAP or (GROUPS > 1 and PARTIAL == 1):
-        of = tl.load(groups_of + key, mask=real, other=0)
-    logit = mapped(raw, factors, map_f, map_g, bias_row, of, key, real, scale, MAP, BIAS)
-    if PARTIAL == 1:
-        ok = pairs(
-            facts, own, key, n, rules, role, page, row, col, segment, mask, base, mask_base, keys,
-            PLACES, SEGMENTS, MASKED,
-        )  # fmt: skip
-        if GROUPS > 1:
-            ok = ok & (of == wanted)[None]
-        logit = tl.where(ok, logit, float("-inf"))
-    if PARTIAL == 2:
-        if GROUPS > 1:
-            if some:
-                mine = tl.load(groups_of + key, mask=real, other=-1) == wanted
-                logit = tl.where(mine[None], logit, float("-inf"))
-            some = some & (edge == 0)  # else every pair exists, and only some keys are of another group
+    if MAP:
+        of = tl.load(groups + key, mask=real, other=0)
+    logit = mapped(tl.dot(x, y, input_precision=PRECISION), shaping, of, key, real, scale, MAP, BIAS)
+    if GROUPS > 1:
         if some:
-            ok = pairs(
-                facts, own, key, n, rules, role, page, row, col, segment, mask, base, mask_base, keys,
-                PLACES, SEGMENTS, MASKED,
-            )  # fmt: skip
-            logit = tl.where(ok, logit, float("-inf"))
+            mine = tl.load(groups + key, mask=real, other=-1) == wanted
+            logit = tl.where(mine[None], logit, float("-inf"))
+        some = some & (edge == 0)
+    if some:
+        ok = pairs(facts, own, key, n, rules, known, keys, PLACES, SEGMENTS, MASKED)
+        logit = tl.where(ok, logit, float("-inf"))
     new = tl.maximum(top, tl.max(logit, 1))
-    safe = new
-    if PARTIAL > 0 or BIAS or MAP:  # a row may have seen nothing but -inf
-        safe = tl.where(new == float("-inf"), 0.0, new)
+    safe = tl.where(new == float("-inf"), 0.0, new)
     power = unit(scale, MAP, BIAS)
     weight = tl.exp2(logit * power - (safe * power)[:, None])
     fade = tl.exp2((top - safe) * power)
@@ -105,66 +88,68 @@ def _step(
 
 
 @triton.jit
-def _soft_rows(
-    item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied, blocks, counts, queries, rules,
-    role, page, row, col, segment, group, mask, bias, factors, map_f, map_g, gain, q_n, k_n, v_n, o_g, o_n, gain_n,
-    scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds, parts,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
-    GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
-    LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
-    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr,
+def _merged(
+    acc, level, scratch, arrived, task, part, parts, most, tasks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One query block over one part of its keys."""
+    """Whether all `parts` (of `most`, for which there is room) have now finished this task, and if so their merge."""
     d = tl.arange(0, BLOCK_D)
-    part = item % parts
-    item = item // parts
-    SPAN: tl.constexpr = 1 if INSIDE else GROUPS
-    block = item // SPAN
-    qb = q_blocks - 1 - block
-    n = tl.load(lists + bs * padded + qb * BLOCK_M + tl.arange(0, BLOCK_M))
-    used = n >= 0
-    own = tl.load(queries + b * rows + n, mask=used, other=-1)
-    x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=used[:, None] & (d < D)[None], other=0.0)
-    facts = query_facts(own, rules, role, page, row, col, segment, b * keys, PLACES, SEGMENTS)
-    if INSIDE:
-        for g in range(GROUPS):
-            _one_group(
-                g, block, part, x, n, used, own, facts, qb, bh, b, bs, k, v, out, lse, scratch, arrived, copied, blocks,
-                counts, rules, role, page, row, col, segment, group, mask, bias, factors, map_f, map_g, gain, k_n,
-                v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, q_blocks, k_blocks, soft_blocks, kinds, parts,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS, GROUPS, SPLIT, MAP, BIAS, GAIN, LSE, COPIES, CONTIGUOUS, PLACES,
-                SEGMENTS, MASKED, ONE, PRECISION,
-            )  # fmt: skip
-    else:
-        _one_group(
-            item % SPAN, block, part, x, n, used, own, facts, qb, bh, b, bs, k, v, out, lse, scratch, arrived, copied,
-            blocks, counts, rules, role, page, row, col, segment, group, mask, bias, factors, map_f, map_g, gain,
-            k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, q_blocks, k_blocks, soft_blocks, kinds, parts,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS, GROUPS, SPLIT, MAP, BIAS, GAIN, LSE, COPIES, CONTIGUOUS, PLACES,
-            SEGMENTS, MASKED, ONE, PRECISION,
-        )  # fmt: skip
+    levels = scratch + tasks * most * BLOCK_M * D
+    spot = (task * most + part) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(levels + spot, level)
+    tl.store(scratch + spot[:, None] * D + d[None], acc, mask=(d < D)[None])
+    tl.debug_barrier()  # every thread has stored before one of them says so
+    last = tl.atomic_add(arrived + task, 1, sem="acq_rel", scope="gpu") == parts - 1
+    if last:
+        tl.store(arrived + task, 0)
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for other in range(parts):  # past the L1 cache, which is not coherent: other processors wrote this
+            spot = (task * most + other) * BLOCK_M + tl.arange(0, BLOCK_M)
+            here = tl.load(levels + spot, cache_modifier=".cg")
+            at = scratch + spot[:, None] * D + d[None]
+            value = tl.load(at, mask=(d < D)[None], other=0.0, cache_modifier=".cg")
+            new = tl.maximum(top, here)
+            safe = tl.where(new == float("-inf"), 0.0, new)
+            fade = tl.exp2(top - safe)
+            weight = tl.exp2(here - safe)
+            acc = acc * fade[:, None] + value * weight[:, None]
+            total = total * fade + weight
+            top = new
+        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+        level = tl.where(total == 0, float("-inf"), top + tl.log2(total))
+    return last, acc, level
 
 
 @triton.jit
-def _one_group(
-    g, block, part, x, n, used, own, facts, qb, bh, b, bs, k, v, out, lse, scratch, arrived, copied, blocks, counts,
-    rules, role, page, row, col, segment, group, mask, bias, factors, map_f, map_g, gain, k_n, v_n, o_g, o_n,
-    gain_n, scale, batch, heads, rows, keys, q_blocks, k_blocks, soft_blocks, kinds, parts,
+def _soft_rows(
+    item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied, blocks, counts, queries, rules, known, shaping,
+    gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks,
+    kinds, parts,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
     GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
     LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
-    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    base = b * keys
-    mask_base = b.to(tl.int64) * rows * keys
+    """One query block over one part of its keys, of one group if there are several."""
     d = tl.arange(0, BLOCK_D)
+    part = item % parts
+    g = item // parts % GROUPS
+    block = item // (parts * GROUPS)
+    qb = q_blocks - 1 - block
+    n = tl.load(lists + bs * padded + qb * BLOCK_M + tl.arange(0, BLOCK_M))
     lines = kinds * batch * PATTERNS * q_blocks
     line = (bs + (g + 1 if GROUPS > 1 else 0) * batch * PATTERNS) * q_blocks + qb
     partial = tl.load(counts + line)
     full = tl.load(counts + lines + line)
     some_blocks = blocks + line.to(tl.int64) * k_blocks
     all_blocks = some_blocks + lines * k_blocks
-    copies = tl.where(block == 0, keys, 0)  # the last query block alone
+    start = tl.load(all_blocks)
+    used = n >= 0
+    own = tl.load(queries + b * rows + n, mask=used, other=-1)
+    x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=used[:, None] & (d < D)[None], other=0.0)
+    facts = query_facts(own, rules, known, PLACES, SEGMENTS)
     most = parts
     if SPLIT:  # short lists in fewer parts
         parts = tl.minimum(parts, tl.maximum(partial + full, 2) // 2)
@@ -172,37 +157,20 @@ def _one_group(
     stop = (part + 1) * (partial + full) // parts
     if part >= parts:
         stop = first
-    start = tl.load(all_blocks)
+    copies = tl.where(block == 0, keys, 0)  # the last query block alone
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if ONE:
-        for i in range(first, stop):
-            if CONTIGUOUS:  # what is masked off costs no wait
-                entry = tl.where(i < full, start + i, tl.load(some_blocks + (i - full), mask=i >= full, other=0))
-            else:
-                entry = tl.load(tl.where(i < full, all_blocks + i, some_blocks + (i - full)))
-            kb = entry & 0xFFFFFF
-            top, total, acc = _step(
-                x, top, total, acc, facts, own, n, kb, i >= full, entry >> 24, k, v, k_n, v_n, rules, role, page, row, col, segment,
-                group + base, mask, base, mask_base, keys, factors, map_f, map_g, bias, scale, g, copied, copies, out, o_n,
-                D, BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, 2, COPIES, PRECISION,
-            )  # fmt: skip
-    else:
-        for i in range(first, tl.minimum(stop, full)):
-            kb = start + i if CONTIGUOUS else tl.load(all_blocks + i)
-            top, total, acc = _step(
-                x, top, total, acc, facts, own, n, kb, False, False, k, v, k_n, v_n, rules, role, page, row, col, segment,
-                group + base, mask, base, mask_base, keys, factors, map_f, map_g, bias, scale, g, copied, copies, out, o_n,
-                D, BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, 0, COPIES, PRECISION,
-            )  # fmt: skip
-        for i in range(tl.maximum(first - full, 0), tl.maximum(stop - full, 0)):
-            kb = tl.load(some_blocks + i) & 0xFFFFFF
-            top, total, acc = _step(
-                x, top, total, acc, facts, own, n, kb, True, False, k, v, k_n, v_n, rules, role, page, row, col, segment,
-                group + base, mask, base, mask_base, keys, factors, map_f, map_g, bias, scale, g, copied, copies, out, o_n,
-                D, BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, 1, COPIES, PRECISION,
-            )  # fmt: skip
+    for i in range(first, stop):
+        if CONTIGUOUS:  # a load that is masked off costs no wait
+            entry = tl.where(i < full, start + i, tl.load(some_blocks + (i - full), mask=i >= full, other=0))
+        else:
+            entry = tl.load(tl.where(i < full, all_blocks + i, some_blocks + (i - full)))
+        top, total, acc = _step(
+            x, top, total, acc, facts, own, n, entry & 0xFFFFFF, i >= full, entry >> 24, k, v, k_n, v_n, rules, known,
+            keys, shaping, scale, g, copied, copies, out, o_n, D, BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, COPIES, PLACES,
+            SEGMENTS, MASKED, PRECISION,
+        )  # fmt: skip
     factor = 1.0 / tl.where(total == 0, 1.0, total)
     if GAIN:
         factor *= tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)
@@ -210,33 +178,14 @@ def _one_group(
     level = tl.where(total == 0, float("-inf"), top * unit(scale, MAP, BIAS) + tl.log2(total))
     whole = part < parts
     if SPLIT:
-        if (parts > 1) & (part < parts):
+        split = (parts > 1) & whole
+        if split:
+            tasks = batch * heads * GROUPS
             task = ((block * GROUPS + g) * batch * heads + bh).to(tl.int64)
-            spot = (task * most + part) * BLOCK_M + tl.arange(0, BLOCK_M)
-            levels = scratch + (task * 0 + soft_blocks * GROUPS) * batch * heads * most * BLOCK_M * D
-            tl.store(levels + spot, level)
-            tl.store(scratch + spot[:, None] * D + d[None], acc, mask=(d < D)[None])
-            tl.debug_barrier()  # every thread has stored before one of them says so
-            whole = tl.atomic_add(arrived + task, 1, sem="acq_rel", scope="gpu") == parts - 1
-            if whole:
-                tl.store(arrived + task, 0)
-                top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-                total = tl.zeros([BLOCK_M], tl.float32)
-                acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-                for p in range(parts):  # past the L1 cache, which is not coherent: other processors wrote this
-                    spot = (task * most + p) * BLOCK_M + tl.arange(0, BLOCK_M)
-                    here = tl.load(levels + spot, cache_modifier=".cg")
-                    at = scratch + spot[:, None] * D + d[None]
-                    value = tl.load(at, mask=(d < D)[None], other=0.0, cache_modifier=".cg")
-                    new = tl.maximum(top, here)
-                    safe = tl.where(new == float("-inf"), 0.0, new)
-                    fade = tl.exp2(top - safe)
-                    weight = tl.exp2(here - safe)
-                    acc = acc * fade[:, None] + value * weight[:, None]
-                    total = total * fade + weight
-                    top = new
-                acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-                level = tl.where(total == 0, float("-inf"), top + tl.log2(total))
+            whole, acc, level = _merged(
+                acc, level, scratch, arrived, task, part, parts, most, tasks * (soft_blocks + task * 0),
+                D, BLOCK_D, BLOCK_M,
+            )  # fmt: skip
     if whole:
         at = out + g.to(tl.int64) * o_g + n[:, None].to(tl.int64) * o_n + d[None]
         tl.store(at, acc.to(out.dtype.element_ty), mask=used[:, None] & (d < D)[None])
@@ -247,35 +196,29 @@ def _one_group(
 
 @triton.jit
 def _rest_rows(
-    item, bh, b, bs, q, k, v, out, lse, rest, group, bias, factors, map_f, map_g, gain,
-    q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, line,
+    slots, sources, bh, q, k, v, out, lse, known, shaping, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale,
+    batch, heads, rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr, MAP: tl.constexpr,
     BIAS: tl.constexpr, GAIN: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """A block of rows that see themselves alone, or nothing."""
-    base = b * keys
-    lse_at = bh.to(tl.int64) * rows
-    lse_g = batch * heads * rows
     d = tl.arange(0, BLOCK_D)
-    slot = item * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.load(rest + bs * padded + slot)
+    n = tl.load(slots + tl.arange(0, BLOCK_M))
+    own = tl.load(sources + tl.arange(0, BLOCK_M))
     used = n >= 0
-    own = tl.load(rest + line + bs * padded + slot)
     sees = own >= 0
     inside = sees[:, None] & (d < D)[None]
     value = tl.load(v + own[:, None].to(tl.int64) * v_n + d[None], mask=inside, other=0.0)
     if GAIN:
         value = value.to(tl.float32) * tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)[:, None]
     level = tl.zeros([BLOCK_M], tl.float32)
-    of = tl.load(group + base + own, mask=sees, other=-1)
+    of = tl.load(known[5] + own, mask=sees, other=-1)
     if LSE:
         x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=inside, other=0.0).to(tl.float32)
         y = tl.load(k + own[:, None].to(tl.int64) * k_n + d[None], mask=inside, other=0.0).to(tl.float32)
-        s = tl.sum(x * y, 1)[None]
-        level = mapped(s, factors, map_f, map_g, bias, tl.maximum(of, 0), own, sees, scale, MAP, BIAS)
-        level = tl.where(
-            sees, tl.reshape(level, [BLOCK_M]) * (unit(scale, MAP, BIAS) * 0.6931471805599453), float("-inf")
-        )
+        s = mapped(tl.sum(x * y, 1)[None], shaping, tl.maximum(of, 0), own, sees, scale, MAP, BIAS)
+        natural = unit(scale, MAP, BIAS) * 0.6931471805599453
+        level = tl.where(sees, tl.reshape(s, [BLOCK_M]) * natural, float("-inf"))
     at = out + n[:, None].to(tl.int64) * o_n + d[None]
     for g in tl.static_range(GROUPS):
         mine = value
@@ -286,7 +229,7 @@ def _rest_rows(
             here = level
             if GROUPS > 1:
                 here = tl.where(of == g, level, float("-inf"))
-            tl.store(lse + g * lse_g + lse_at + n, here, mask=used)
+            tl.store(lse + (g * batch * heads + bh).to(tl.int64) * rows + n, here, mask=used)
 
 
 @triton.jit
@@ -295,13 +238,12 @@ def _forward(
     lists, copied, blocks, counts, queries, rules, head_pattern, role, page, row, col, segment, group, mask,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_g, o_b, o_h, o_n, bias_b, bias_h, map_f, map_b,
     map_h, map_g, gain_b, gain_h, gain_n, scale,
-    batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, rest_blocks, kinds, parts,
+    batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds, parts,
     REPEAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PATTERNS: tl.constexpr, GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
     GAIN: tl.constexpr, LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
-    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    soft_items = soft_blocks * parts * (1 if INSIDE else GROUPS)
     pid = tl.program_id(0)  # heads vary fastest: programs running together read the same lists
     item, bh = pid // (batch * heads), pid % (batch * heads)
     b, h = bh // heads, bh % heads
@@ -317,18 +259,20 @@ def _forward(
     gain += b.to(tl.int64) * gain_b + h.to(tl.int64) * gain_h
     bias += b.to(tl.int64) * bias_b + h.to(tl.int64) * bias_h
     factors += b.to(tl.int64) * map_b + h * map_h
+    known = known_of(role, page, row, col, segment, group, mask, b, keys, rows)
+    shaping = (bias, factors, map_f, map_g)
+    soft_items = soft_blocks * (parts * GROUPS)
     if item < soft_items:
         _soft_rows(
             item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied + bs.to(tl.int64) * (keys + k_blocks),
-            blocks, counts, queries, rules, role, page, row, col, segment, group, mask, bias, factors, map_f, map_g,
-            gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks,
-            soft_blocks, kinds, parts, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS, GROUPS, SPLIT, MAP, BIAS, GAIN, LSE,
-            COPIES, CONTIGUOUS, PLACES, SEGMENTS, MASKED, ONE, INSIDE, PRECISION,
+            blocks, counts, queries, rules, known, shaping, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads,
+            rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds, parts, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS,
+            GROUPS, SPLIT, MAP, BIAS, GAIN, LSE, COPIES, CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip
     else:
         line = batch * PATTERNS * padded
+        slots = lists + (3 if COPIES else 1) * line + bs * padded + (item - soft_items) * BLOCK_M
         _rest_rows(
-            item - soft_items, bh, b, bs, q, k, v, out, lse, lists + (3 if COPIES else 1) * line, group, bias, factors,
-            map_f, map_g, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, line,
-            D, BLOCK_D, BLOCK_M, GROUPS, MAP, BIAS, GAIN, LSE,
+            slots, slots + line, bh, q, k, v, out, lse, known, shaping, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale,
+            batch, heads, rows, D, BLOCK_D, BLOCK_M, GROUPS, MAP, BIAS, GAIN, LSE,
         )  # fmt: skip

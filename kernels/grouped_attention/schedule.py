@@ -14,67 +14,59 @@ from mmefficient.kernels.launch import launch
 
 
 @triton.jit
-def query_facts(own, rules, role, page, row, col, segment, base, PLACES: tl.constexpr, SEGMENTS: tl.constexpr):
+def known_of(role, page, row, col, segment, group, mask, b, keys, rows):
+    """Where the facts about the keys of row b of the batch begin, and its mask: a tuple that the others here take."""
+    base = b.to(tl.int64) * keys
+    return role + base, page + base, row + base, col + base, segment + base, group + base, mask + base * rows
+
+
+@triton.jit
+def query_facts(own, rules, known, PLACES: tl.constexpr, SEGMENTS: tl.constexpr):
     """Facts about the rows whose own keys are `own` (-1 = no row), a tuple that `pairs` takes."""
+    role, page, row, col, segment, _group, _mask = known
     real = own >= 0
-    at = base + own
-    which = tl.load(role + at, mask=real, other=0)
+    which = tl.load(role + own, mask=real, other=0)
     rule = tl.load(rules + which)
     p, r, c, z = own, own, own, own
     if PLACES:
-        p = tl.load(page + at, mask=real, other=-2)
-        r = tl.load(row + at, mask=real, other=0)
-        c = tl.load(col + at, mask=real, other=0)
+        p = tl.load(page + own, mask=real, other=-2)
+        r = tl.load(row + own, mask=real, other=0)
+        c = tl.load(col + own, mask=real, other=0)
     if SEGMENTS:
-        z = tl.load(segment + at, mask=real, other=-2)
+        z = tl.load(segment + own, mask=real, other=-2)
     return rule, p, r, c, z
 
 
 @triton.jit
 def pairs(
-    facts,
-    own,
-    key,
-    query_row,
-    rules,
-    role,
-    page,
-    row,
-    col,
-    segment,
-    mask,
-    base,
-    mask_base,
-    keys,
-    PLACES: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """bool [rows, keys]: which pairs exist."""
+    facts, own, key, n, rules, known, keys, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """bool [rows, keys]: which pairs of query rows n (-1 = none), whose own keys are `own`, and keys exist."""
     rule, p, r, c, z = facts
+    role, page, row, col, segment, _group, mask = known
     real = key < keys
-    which = tl.load(role + base + key, mask=real, other=0)
+    which = tl.load(role + key, mask=real, other=0)
     bit = tl.where(which > 0, 1 << which, 0)
     sets = tl.where(key[None] <= own[:, None], (rule & 0xFF)[:, None], ((rule >> 8) & 0xFF)[:, None])
     near = key[None] == own[:, None]
     if PLACES:
         radius = tl.load(rules + 5)
-        same = p[:, None] == tl.load(page + base + key, mask=real, other=-1)[None]
-        high = tl.abs(r[:, None] - tl.load(row + base + key, mask=real, other=0)[None]) <= radius
-        wide = tl.abs(c[:, None] - tl.load(col + base + key, mask=real, other=0)[None]) <= radius
+        same = p[:, None] == tl.load(page + key, mask=real, other=-1)[None]
+        high = tl.abs(r[:, None] - tl.load(row + key, mask=real, other=0)[None]) <= radius
+        wide = tl.abs(c[:, None] - tl.load(col + key, mask=real, other=0)[None]) <= radius
         near = near | (same & high & wide)
     ok = ((sets & bit[None]) != 0) & (near | (((rule >> 16)[:, None] & bit[None]) == 0)) & (own >= 0)[:, None]
     if SEGMENTS:
-        ok = ok & (z[:, None] == tl.load(segment + base + key, mask=real, other=-1)[None])
+        ok = ok & (z[:, None] == tl.load(segment + key, mask=real, other=-1)[None])
     if MASKED:
-        at = mask + mask_base + query_row[:, None].to(tl.int64) * keys + key[None]
-        ok = ok & (tl.load(at, mask=(query_row >= 0)[:, None] & real[None], other=0) != 0)
+        at = mask + n[:, None].to(tl.int64) * keys + key[None]
+        ok = ok & (tl.load(at, mask=(n >= 0)[:, None] & real[None], other=0) != 0)
     return ok
 
 
 @triton.jit
 def _sorted(role, queries, rules, b, start, keys, rows, SIMPLE: tl.constexpr, STEP: tl.constexpr):
-    """Of `STEP` query rows from `start`: the row, its own key, whether it is soft, whether it is a rest row, its source."""
+    """Of `STEP` query rows from `start`: the row, its own key, whether it is soft or a rest row, and its source."""
     n = start + tl.arange(0, STEP)
     inside = n < rows
     own = tl.load(queries + b * rows + n, mask=inside, other=-1)
@@ -124,20 +116,18 @@ def _plan(
         tl.debug_barrier()
         n = tl.load(soft + slot)
         own = tl.load(queries + b * rows + n, mask=n >= 0, other=-1)
-        facts = query_facts(own, rules, role, page, row, col, segment, b * keys, PLACES, SEGMENTS)
+        known = known_of(role, page, row, col, segment, group, mask, b, keys, rows)
+        facts = query_facts(own, rules, known, PLACES, SEGMENTS)
         first = k_blocks
         last = -1
         for start in range(0, k_blocks, CHUNK):
             key = start * BLOCK_N + tl.arange(0, CHUNK * BLOCK_N)
-            ok = pairs(
-                facts, own, key, n, rules, role, page, row, col, segment, mask, b * keys,
-                b.to(tl.int64) * rows * keys, keys, PLACES, SEGMENTS, MASKED,
-            )  # fmt: skip
+            ok = pairs(facts, own, key, n, rules, known, keys, PLACES, SEGMENTS, MASKED)
             edge = tl.zeros([CHUNK], tl.int32)
             if KINDS > 1:
                 every = tl.min(tl.reshape(tl.min((ok | (n < 0)[:, None]).to(tl.int32), 0), [CHUNK, BLOCK_N]), 1)
                 edge = tl.where(kind > 0, every, 0) << 24
-                of = tl.load(group + b * keys + key, mask=key < keys, other=-1)
+                of = tl.load(group + b.to(tl.int64) * keys + key, mask=key < keys, other=-1)
                 ok = ok & (tl.where(kind > 0, of, -1) == kind - 1)[None]
             some = tl.max(tl.reshape(tl.max(ok.to(tl.int32), 0), [CHUNK, BLOCK_N]), 1)
             every = tl.min(tl.reshape(tl.min((ok | (n < 0)[:, None]).to(tl.int32), 0), [CHUNK, BLOCK_N]), 1)

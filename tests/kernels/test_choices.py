@@ -72,10 +72,10 @@ def test_power_below(number: int, wanted: int) -> None:
 
 
 def test_gradients_go_to_the_reference(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
-    layout = make_layout(torch.full((1, 8), 4, device=device), impl="triton")
+    layout = make_layout(torch.full((1, 8), 4, device=device), group=torch.ones(1, 8, device=device), impl="triton")
     q = torch.randn(1, 2, 8, 32, device=device, requires_grad=True)
     calls: list[Any] = [
-        lambda impl: grouped_attention(q, q, q, layout, impl=impl),
+        lambda impl: grouped_attention(q, q, q, layout, partials=True, impl=impl)[0],
         lambda impl: decode_attention(q, q, q, torch.full((1,), 8, device=device), impl=impl),
         lambda impl: key_scores(q, q, scale=1.0, impl=impl),
         lambda impl: compact(q, q, torch.tensor([[1, 3]], device=device), impl=impl)[0],
