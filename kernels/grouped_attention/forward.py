@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 
 from mmefficient.kernels.arrivals import counters
-from mmefficient.kernels.common import power_above, power_below, processors
+from mmefficient.kernels.common import ceil_div, power_above, power_below, processors
 from mmefficient.kernels.grouped_attention.kernel import _forward
 from mmefficient.kernels.grouped_attention.layout import Layout
 
-MIN_BLOCKS_PER_PART = 4
+MOST_PARTS = 16
 
 
 class Inputs(NamedTuple):
@@ -39,13 +39,27 @@ def tuning(block_m: int, head_dim: int, dtype: torch.dtype, places: bool) -> dic
 
 
 def parts_for(programs: int, longest: int, device: torch.device) -> int:
-    """Into how many parts the keys of a query block are split: one, as soon as every processor has a program.
+    """Into how many parts the keys of a query block are split: a power of two.
 
-    Else a power of two: at least four of the `longest` key blocks to a part, eight programs to a processor, 16 parts.
+    A processor holds two programs. Parts of two key blocks or more pay until each has one, parts of eleven or more
+    until each has two: shorter ones save less than merging costs.
+
+    Args:
+        programs: query blocks of all heads, counted in those of the `longest` list of key blocks.
     """
-    if programs >= processors(device):
-        return 1
-    return power_below(min(longest // MIN_BLOCKS_PER_PART, 8 * processors(device) // max(programs, 1), 16))
+    programs, room = max(programs, 1), processors(device)
+    first, second = min(longest // 2, 5 * room // (4 * programs)), min(longest // 11, 2 * room // programs)
+    return power_below(min(max(first, second), MOST_PARTS))
+
+
+def padded_rows(bias: torch.Tensor, block: int) -> torch.Tensor:
+    """[B, Hq, Nk] with rows that begin at multiples of 16 and may be read up to the end of the last key block."""
+    batch, heads, keys = bias.shape
+    wide = ceil_div(keys, block) * block
+    if wide == keys and bias.stride(2) == 1 and not (bias.stride(0) | bias.stride(1)) % 16:
+        return bias
+    found = torch.empty(batch, heads, wide, dtype=bias.dtype, device=bias.device)[..., :keys]
+    return found.copy_(bias)
 
 
 def grouped_attention(
@@ -68,8 +82,7 @@ def grouped_attention(
     batch, heads, rows = q.shape[:3]
     groups = layout.groups if partials else 1
     if bias is not None:
-        bias = bias.expand(batch, heads, k.shape[2])
-        bias = bias if bias.stride(2) == 1 else bias.contiguous()
+        bias = padded_rows(bias.expand(batch, heads, k.shape[2]), made.block_n)
     if logit_map is not None:
         logit_map = logit_map.expand(3, batch, heads, -1)
     if head_gain is not None:
@@ -98,9 +111,12 @@ def _prepare(
     assert made is not None
     batch, heads, rows, dim = q.shape
     tasks = made.soft_blocks * batch * heads * groups
-    parts = override.get("PARTS", 0) or parts_for(tasks, made.longest, device)
+    programs = ceil_div(made.work * heads // len(layout.rules), max(made.longest, 1))
+    parts = override.get("PARTS", 0) or parts_for(programs, made.longest, device)
     plain = groups == 1 and not lse and gain is None
-    copies = bool(override.get("COPIES", plain and made.left_blocks < made.rest_blocks))
+    # with one program of attention to a processor there is room for programs that copy rows beside them
+    busy = programs * parts > processors(device)
+    copies = bool(override.get("COPIES", plain and busy and made.left_blocks < made.rest_blocks))
     strides = (
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], out.stride(0) if out.ndim == 5 else 0, *out.stride()[-4:-1],
         *((0, 0) if bias is None else bias.stride()[:2]), *((0,) * 4 if logit_map is None else logit_map.stride()),
@@ -111,9 +127,9 @@ def _prepare(
         made.lists, made.copied, made.blocks, made.counts, layout.queries, layout.rules,
         spare if layout.head_pattern is None else layout.head_pattern, *layout.pair_facts, *strides, scale,
         batch, heads, rows, k.shape[2], made.lists.shape[-1], *made.blocks.shape[-2:], made.soft_blocks,
-        made.blocks.shape[1], parts,
+        made.blocks.shape[1],
         heads // k.shape[1], dim, max(16, power_above(dim)), made.block_m, made.block_n, len(layout.rules), groups,
-        parts > 1, logit_map is not None, bias is not None, gain is not None, lse, copies, made.contiguous,
+        parts, logit_map is not None, bias is not None, gain is not None, lse, copies, made.contiguous,
         layout.page is not None, layout.segment is not None, layout.mask is not None,
         "ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip

@@ -15,7 +15,7 @@ from mmefficient.kernels.grouped_attention.schedule import known_of, pairs, quer
 
 
 @triton.jit
-def mapped(s, shaping, of, key, real, scale, MAP: tl.constexpr, BIAS: tl.constexpr):
+def mapped(s, shaping, of, key, scale, MAP: tl.constexpr, BIAS: tl.constexpr):
     """Logits after scale, map by group and bias; without map and bias they are left unscaled, see `unit`.
 
     `shaping`: this head's biases, its a, and the strides to b and c and to the next group.
@@ -28,7 +28,7 @@ def mapped(s, shaping, of, key, real, scale, MAP: tl.constexpr, BIAS: tl.constex
         c = tl.load(factors + 2 * map_f + of * map_g).to(tl.float32)
         s = a[None] * s + m[None] * tl.abs(s) + c[None]
     if BIAS:
-        shift = tl.load(bias + key, mask=real, other=0.0).to(tl.float32)[None]
+        shift = tl.load(bias + key).to(tl.float32)[None]  # aligned rows, padded: see `padded_rows`
         s = s + shift if MAP else s * scale + shift
     return s
 
@@ -66,7 +66,7 @@ def _step(
     of = key
     if MAP:
         of = tl.load(groups + key, mask=real, other=0)
-    logit = mapped(tl.dot(x, y, input_precision=PRECISION), shaping, of, key, real, scale, MAP, BIAS)
+    logit = mapped(tl.dot(x, y, input_precision=PRECISION), shaping, of, key, scale, MAP, BIAS)
     if GROUPS > 1:
         if some:
             mine = tl.load(groups + key, mask=real, other=-1) == wanted
@@ -89,56 +89,57 @@ def _step(
 
 @triton.jit
 def _merged(
-    acc, level, scratch, arrived, task, part, parts, most, tasks,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    acc, level, scratch, arrived, task, part, parts, tasks, slots, out, lse, o_n, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """Whether all `parts` (of `most`, for which there is room) have now finished this task, and if so their merge."""
+    """Leave a part where others find it; the last of `parts` (room is for PARTS) writes the merge of all."""
     d = tl.arange(0, BLOCK_D)
-    levels = scratch + tasks * most * BLOCK_M * D
-    spot = (task * most + part) * BLOCK_M + tl.arange(0, BLOCK_M)
+    levels = scratch + tasks * PARTS * BLOCK_M * D
+    spot = (task * PARTS + part) * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(levels + spot, level)
     tl.store(scratch + spot[:, None] * D + d[None], acc, mask=(d < D)[None])
     tl.debug_barrier()  # every thread has stored before one of them says so
-    last = tl.atomic_add(arrived + task, 1, sem="acq_rel", scope="gpu") == parts - 1
-    if last:
+    if tl.atomic_add(arrived + task, 1, sem="acq_rel", scope="gpu") == parts - 1:
         tl.store(arrived + task, 0)
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for other in range(parts):  # past the L1 cache, which is not coherent: other processors wrote this
-            spot = (task * most + other) * BLOCK_M + tl.arange(0, BLOCK_M)
-            here = tl.load(levels + spot, cache_modifier=".cg")
-            at = scratch + spot[:, None] * D + d[None]
-            value = tl.load(at, mask=(d < D)[None], other=0.0, cache_modifier=".cg")
-            new = tl.maximum(top, here)
-            safe = tl.where(new == float("-inf"), 0.0, new)
-            fade = tl.exp2(top - safe)
-            weight = tl.exp2(here - safe)
-            acc = acc * fade[:, None] + value * weight[:, None]
-            total = total * fade + weight
-            top = new
-        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-        level = tl.where(total == 0, float("-inf"), top + tl.log2(total))
-    return last, acc, level
+        p = tl.arange(0, PARTS)
+        for start in range(0, BLOCK_M, CHUNK):  # all parts at a time: few waits for memory
+            row = start + tl.arange(0, CHUNK)
+            n = tl.load(slots + row)
+            place = (task * PARTS + p)[:, None] * BLOCK_M + row[None]
+            # past the L1 cache, which is not coherent: other processors wrote this
+            each = tl.load(levels + place, mask=(p < parts)[:, None], other=float("-inf"), cache_modifier=".cg")
+            inside = (p < parts)[:, None, None] & (d < D)[None, None]
+            at = scratch + place[:, :, None] * D + d[None, None]
+            value = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+            top = tl.max(each, 0)
+            safe = tl.where(top == float("-inf"), 0.0, top)
+            weight = tl.exp2(each - safe[None])
+            total = tl.sum(weight, 0)
+            mixed = tl.sum(value * weight[:, :, None], 0) / tl.where(total == 0, 1.0, total)[:, None]
+            at_out = out + n[:, None].to(tl.int64) * o_n + d[None]
+            tl.store(at_out, mixed.to(out.dtype.element_ty), mask=(n >= 0)[:, None] & (d < D)[None])
+            if LSE:
+                tl.store(lse + n, (safe + tl.log2(total)) * 0.6931471805599453, mask=n >= 0)
 
 
 @triton.jit
 def _soft_rows(
     item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied, blocks, counts, queries, rules, known, shaping,
     gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks,
-    kinds, parts,
+    kinds,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
-    GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
+    GROUPS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
     LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
     SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One query block over one part of its keys, of one group if there are several."""
     d = tl.arange(0, BLOCK_D)
-    part = item % parts
-    g = item // parts % GROUPS
-    block = item // (parts * GROUPS)
+    part = item % PARTS
+    g = item // PARTS % GROUPS
+    block = item // (PARTS * GROUPS)
     qb = q_blocks - 1 - block
-    n = tl.load(lists + bs * padded + qb * BLOCK_M + tl.arange(0, BLOCK_M))
+    slots = lists + bs * padded + qb * BLOCK_M
+    n = tl.load(slots + tl.arange(0, BLOCK_M))
     lines = kinds * batch * PATTERNS * q_blocks
     line = (bs + (g + 1 if GROUPS > 1 else 0) * batch * PATTERNS) * q_blocks + qb
     partial = tl.load(counts + line)
@@ -150,9 +151,9 @@ def _soft_rows(
     own = tl.load(queries + b * rows + n, mask=used, other=-1)
     x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=used[:, None] & (d < D)[None], other=0.0)
     facts = query_facts(own, rules, known, PLACES, SEGMENTS)
-    most = parts
-    if SPLIT:  # short lists in fewer parts
-        parts = tl.minimum(parts, tl.maximum(partial + full, 2) // 2)
+    parts = 1
+    if PARTS > 1:  # short lists in fewer parts
+        parts = tl.minimum(PARTS, tl.maximum(partial + full, 2) // 2)
     first = part * (partial + full) // parts
     stop = (part + 1) * (partial + full) // parts
     if part >= parts:
@@ -176,22 +177,23 @@ def _soft_rows(
         factor *= tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)
     acc = acc * factor[:, None]
     level = tl.where(total == 0, float("-inf"), top * unit(scale, MAP, BIAS) + tl.log2(total))
-    whole = part < parts
-    if SPLIT:
-        split = (parts > 1) & whole
-        if split:
-            tasks = batch * heads * GROUPS
+    out += g.to(tl.int64) * o_g
+    lse += (g * batch * heads + bh).to(tl.int64) * rows
+    alone = parts == 1
+    if PARTS > 1:
+        if (parts > 1) & (part < parts):
             task = ((block * GROUPS + g) * batch * heads + bh).to(tl.int64)
-            whole, acc, level = _merged(
-                acc, level, scratch, arrived, task, part, parts, most, tasks * (soft_blocks + task * 0),
-                D, BLOCK_D, BLOCK_M,
+            tasks = (task * 0 + soft_blocks) * GROUPS * batch * heads
+            _merged(
+                acc, level, scratch, arrived, task, part, parts, tasks, slots, out, lse, o_n, D, BLOCK_D, BLOCK_M,
+                PARTS, min(BLOCK_M, max(128 // PARTS, 1)), LSE,
             )  # fmt: skip
-    if whole:
-        at = out + g.to(tl.int64) * o_g + n[:, None].to(tl.int64) * o_n + d[None]
+        alone = alone & (part == 0)
+    if alone:
+        at = out + n[:, None].to(tl.int64) * o_n + d[None]
         tl.store(at, acc.to(out.dtype.element_ty), mask=used[:, None] & (d < D)[None])
         if LSE:
-            at_lse = lse + (g * batch * heads + bh).to(tl.int64) * rows + n
-            tl.store(at_lse, level * 0.6931471805599453, mask=used)
+            tl.store(lse + n, level * 0.6931471805599453, mask=used)
 
 
 @triton.jit
@@ -216,7 +218,7 @@ def _rest_rows(
     if LSE:
         x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=inside, other=0.0).to(tl.float32)
         y = tl.load(k + own[:, None].to(tl.int64) * k_n + d[None], mask=inside, other=0.0).to(tl.float32)
-        s = mapped(tl.sum(x * y, 1)[None], shaping, tl.maximum(of, 0), own, sees, scale, MAP, BIAS)
+        s = mapped(tl.sum(x * y, 1)[None], shaping, tl.maximum(of, 0), tl.maximum(own, 0), scale, MAP, BIAS)
         natural = unit(scale, MAP, BIAS) * 0.6931471805599453
         level = tl.where(sees, tl.reshape(s, [BLOCK_M]) * natural, float("-inf"))
     at = out + n[:, None].to(tl.int64) * o_n + d[None]
@@ -238,9 +240,9 @@ def _forward(
     lists, copied, blocks, counts, queries, rules, head_pattern, role, page, row, col, segment, group, mask,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_g, o_b, o_h, o_n, bias_b, bias_h, map_f, map_b,
     map_h, map_g, gain_b, gain_h, gain_n, scale,
-    batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds, parts,
+    batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds,
     REPEAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PATTERNS: tl.constexpr, GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
+    PATTERNS: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
     GAIN: tl.constexpr, LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
     SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -261,13 +263,13 @@ def _forward(
     factors += b.to(tl.int64) * map_b + h * map_h
     known = known_of(role, page, row, col, segment, group, mask, b, keys, rows)
     shaping = (bias, factors, map_f, map_g)
-    soft_items = soft_blocks * (parts * GROUPS)
+    soft_items = soft_blocks * (PARTS * GROUPS)
     if item < soft_items:
         _soft_rows(
             item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied + bs.to(tl.int64) * (keys + k_blocks),
             blocks, counts, queries, rules, known, shaping, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads,
-            rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds, parts, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS,
-            GROUPS, SPLIT, MAP, BIAS, GAIN, LSE, COPIES, CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
+            rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS,
+            GROUPS, PARTS, MAP, BIAS, GAIN, LSE, COPIES, CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip
     else:
         line = batch * PATTERNS * padded

@@ -32,7 +32,7 @@ class Schedule:
         blocks: int32 [2, P, B, S, Q, K]: the partial (0) and the full (1) key blocks of each query block.
         counts: int32 [2, P, B, S, Q].
         soft_blocks, rest_blocks, left_blocks: blocks that hold rows of these kinds, at most.
-        longest: key blocks of one query block, at most.
+        longest: key blocks of one query block, at most; work: key blocks of all query blocks.
         contiguous: the full key blocks of every query block follow each other.
         launches: what is known about earlier calls with this schedule, so that later ones start faster.
     """
@@ -47,6 +47,7 @@ class Schedule:
     rest_blocks: int
     left_blocks: int
     longest: int
+    work: int
     contiguous: bool
     launches: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -135,7 +136,7 @@ def make_layout(
 ) -> Layout:
     """Plan the attention of a prompt, once for all layers.
 
-    Tokens stand in prompt order; "before" and "after" mean that order. Reads six integers back from the device.
+    Tokens stand in prompt order; "before" and "after" mean that order. Reads seven integers back from the device.
 
     Args:
         role: [B, Nk], any integer type: 0 padding, 1 system text, 2 visual, 3 separator, 4 other text.

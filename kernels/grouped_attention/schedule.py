@@ -1,4 +1,4 @@
-"""The plan of blocks, computed on the device: one small kernel and one read of six integers."""
+"""The plan of blocks, computed on the device: one small kernel and one read of seven integers."""
 
 from __future__ import annotations
 
@@ -150,6 +150,8 @@ def _plan(
     tl.atomic_max(needs + 3, n_partial)
     tl.atomic_max(needs + 4, n_full)
     tl.atomic_max(needs + 5, gaps)
+    if kind == 0:
+        tl.atomic_add(needs + 6, n_partial + n_full)
     if (qb == q_blocks - 1) & (kind == 0):
         for start in range(0, keys, STEP):
             key = start + tl.arange(0, STEP)
@@ -195,7 +197,7 @@ def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
     copied = torch.empty(batch, patterns, keys + k_blocks, dtype=torch.int32, device=device)
     blocks = torch.empty(2, kinds, batch, patterns, q_blocks, k_blocks, dtype=torch.int32, device=device)
     counts = torch.empty(2, kinds, batch, patterns, q_blocks, dtype=torch.int32, device=device)
-    needs = torch.zeros(6, dtype=torch.int32, device=device)
+    needs = torch.zeros(7, dtype=torch.int32, device=device)
     launch(
         _plan,
         (q_blocks, batch * patterns, kinds),
@@ -207,7 +209,7 @@ def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
         ),
         num_warps=8,
     )  # fmt: skip
-    n_soft, n_rest, n_left, partial, full, gaps = needs.tolist()
+    n_soft, n_rest, n_left, partial, full, gaps, work = needs.tolist()
     made = Schedule(
         block_m=block_m,
         block_n=block_n,
@@ -219,6 +221,7 @@ def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
         rest_blocks=ceil_div(n_rest, block_m),
         left_blocks=ceil_div(n_left, block_m),
         longest=partial + full,
+        work=work,
         contiguous=not gaps,
     )
     return replace(layout, schedule=made)

@@ -29,11 +29,13 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("h200")
 @pytest.mark.parametrize(
     ("heads", "keys", "best"),
-    [(32, 675, 2), (8 * 32, 675, 1), (32, 2979, 8), (4 * 32, 2979, 1), (28, 8291, 16), (28, 32867, 16)],
+    [(32, 675, 4), (8 * 32, 675, 1), (32, 2979, 4), (4 * 32, 2979, 2), (28, 8291, 8)],
 )
 def test_parts_are_those_that_measured_best(heads: int, keys: int, best: int) -> None:
-    """99 rows of text, two blocks of them: docs/kernels.md."""
-    assert grouped.parts_for(2 * heads, -(-keys // 64), CPU) == best
+    """64 rows of a question see all key blocks, 35 of system text one: docs/kernels.md."""
+    longest = -(-keys // 64)
+    programs = -(-(longest + 1) * heads // longest)
+    assert grouped.parts_for(programs, longest, CPU) == best
 
 
 @pytest.mark.usefixtures("h200")
