@@ -27,9 +27,10 @@ class Schedule:
         lists: int32 [5, B, S, Q * block_m]; -1 = none. 0: soft rows, the last one in the last place, so that blocks
             of rows that see most are full. 1, 2: rest rows, and the one key each sees (-1 = nothing). 3, 4: like 1 and
             2, without the rows of `copied`.
-        copied: int32 [B, S, Nk + K], the rest row that sees this key alone, and to which the last query block, which
-            reads the key's value anyway, copies it; -1 = none. Behind: key blocks that this query block reads.
-        blocks: int32 [2, P, B, S, Q, K]: the partial (0) and the full (1) key blocks of each query block.
+        copied: int32 [B, S, Nk], the rest row that sees this key alone, and to which the last query block, which reads
+            the key's value anyway, copies it; -1 = none.
+        blocks: int32 [2, P, B, S, Q, K]: the partial (0) and the full (1) key blocks of each query block. Bit 24:
+            partial only because some keys are of another group.
         counts: int32 [2, P, B, S, Q].
         soft_blocks, rest_blocks, left_blocks: blocks that hold rows of these kinds, at most.
         longest: key blocks of one query block, at most; work: key blocks of all query blocks.

@@ -80,11 +80,21 @@ def _sorted(role, queries, rules, b, start, keys, rows, SIMPLE: tl.constexpr, ST
 
 
 @triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _both(a, b):
+    return a & b
+
+
+@triton.jit
 def _plan(
-    role, page, row, col, segment, group, mask, queries, rules, lists, copied, blocks, counts, needs,
+    role, page, row, col, segment, group, mask, queries, rules, lists, copied, blocks, counts, needs, state,
     keys, rows, padded, batch, patterns, q_blocks, k_blocks,
     KINDS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One query block: its rows, and which key blocks they see in part or whole. The last one also lists rest rows."""
     qb = q_blocks - 1 - tl.program_id(0)
@@ -93,7 +103,7 @@ def _plan(
     b = bs // patterns
     rules += bs % patterns * 6
     soft = lists + bs * padded
-    copied += bs.to(tl.int64) * (keys + k_blocks)
+    copied += bs.to(tl.int64) * keys
     n_soft = 0
     for start in range(0, rows, STEP):
         n, own, is_soft, is_rest, source = _sorted(role, queries, rules, b, start, keys, rows, not MASKED, STEP)
@@ -118,32 +128,68 @@ def _plan(
         own = tl.load(queries + b * rows + n, mask=n >= 0, other=-1)
         known = known_of(role, page, row, col, segment, group, mask, b, keys, rows)
         facts = query_facts(own, rules, known, PLACES, SEGMENTS)
+        rule = facts[0]
+        state += line.to(tl.int64) * k_blocks
+        low = tl.min(tl.where(n >= 0, own, keys), 0)
+        high = tl.max(own, 0)
+        any_before = tl.reduce(tl.where(n >= 0, rule & 0xFF, 0), 0, _either)
+        all_before = tl.reduce(tl.where(n >= 0, rule & 0xFF, 0xFF), 0, _both)
+        any_behind = tl.reduce(tl.where(n >= 0, rule >> 8 & 0xFF, 0), 0, _either)
+        all_behind = tl.reduce(tl.where(n >= 0, rule >> 8 & 0xFF, 0xFF), 0, _both)
+        near = tl.reduce(tl.where(n >= 0, rule >> 16 & 0xFF, 0), 0, _either)
         first = k_blocks
         last = -1
-        for start in range(0, k_blocks, CHUNK):
+        for start in range(0, k_blocks, WIDE):  # a block before all rows, or behind, is known by the roles it holds
+            kb = start + tl.arange(0, WIDE)
+            key = kb[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None]
+            real = key < keys
+            bit = 1 << tl.load(role + b.to(tl.int64) * keys + key, mask=real, other=0)
+            present = tl.reduce(bit, 1, _either)
+            mine = real
+            if KINDS > 1:
+                of = tl.load(group + b.to(tl.int64) * keys + key, mask=real, other=-1)
+                mine = tl.where(kind > 0, of, -1) == kind - 1
+            before = kb * BLOCK_N + BLOCK_N - 1 <= low
+            sure = (before | (kb * BLOCK_N > high)) & ((near & present) == 0)
+            if SEGMENTS or MASKED:
+                sure = kb < 0
+            seen = tl.where(before, any_before, any_behind) & tl.reduce(tl.where(mine, bit, 0), 1, _either)
+            whole = (present & ~tl.where(before, all_before, all_behind)) == 0
+            whole_group = whole & (tl.min(mine.to(tl.int32), 1) != 0)
+            found = tl.where(seen != 0, tl.where(whole_group, 2, tl.where(whole, 3, 1)), 0)
+            tl.store(state + kb, found, mask=kb < k_blocks)
+            unsure = ~sure & (kb < k_blocks)
+            first = tl.minimum(first, tl.min(tl.where(unsure, kb, k_blocks), 0))
+            last = tl.maximum(last, tl.max(tl.where(unsure, kb, -1), 0))
+        tl.debug_barrier()
+        for start in range(first, last + 1, CHUNK):  # any other pair by pair
+            kb = start + tl.arange(0, CHUNK)
             key = start * BLOCK_N + tl.arange(0, CHUNK * BLOCK_N)
             ok = pairs(facts, own, key, n, rules, known, keys, PLACES, SEGMENTS, MASKED)
-            edge = tl.zeros([CHUNK], tl.int32)
+            whole = tl.min(tl.reshape(tl.min((ok | (n < 0)[:, None]).to(tl.int32), 0), [CHUNK, BLOCK_N]), 1)
             if KINDS > 1:
-                every = tl.min(tl.reshape(tl.min((ok | (n < 0)[:, None]).to(tl.int32), 0), [CHUNK, BLOCK_N]), 1)
-                edge = tl.where(kind > 0, every, 0) << 24
                 of = tl.load(group + b.to(tl.int64) * keys + key, mask=key < keys, other=-1)
                 ok = ok & (tl.where(kind > 0, of, -1) == kind - 1)[None]
             some = tl.max(tl.reshape(tl.max(ok.to(tl.int32), 0), [CHUNK, BLOCK_N]), 1)
             every = tl.min(tl.reshape(tl.min((ok | (n < 0)[:, None]).to(tl.int32), 0), [CHUNK, BLOCK_N]), 1)
-            kb = start + tl.arange(0, CHUNK)
-            partial = ((some > 0) & (every == 0)).to(tl.int32)
-            full = ((some > 0) & (every > 0)).to(tl.int32)
+            found = tl.where(some > 0, tl.where(every > 0, 2, tl.where(whole > 0, 3, 1)), 0)
+            tl.store(state + kb, found, mask=kb < k_blocks)
+        tl.debug_barrier()
+        first = k_blocks
+        last = -1
+        for start in range(0, k_blocks, WIDE):
+            kb = start + tl.arange(0, WIDE)
+            found = tl.load(state + kb, mask=kb < k_blocks, other=0)
+            partial = (found % 2).to(tl.int32)
+            full = (found == 2).to(tl.int32)
             to = blocks + line.to(tl.int64) * k_blocks + tl.cumsum(partial, 0) - 1 + n_partial
-            tl.store(to, kb + edge, mask=partial != 0)
+            tl.store(to, kb + ((found == 3).to(tl.int32) << 24), mask=partial != 0)
             to = blocks + (lines + line).to(tl.int64) * k_blocks + tl.cumsum(full, 0) - 1 + n_full
             tl.store(to, kb, mask=full != 0)
             n_partial += tl.sum(partial, 0)
             n_full += tl.sum(full, 0)
             first = tl.minimum(first, tl.min(tl.where(full != 0, kb, k_blocks), 0))
             last = tl.maximum(last, tl.max(tl.where(full != 0, kb, -1), 0))
-            if (qb == q_blocks - 1) & (kind == 0):
-                tl.store(copied + keys + kb, some, mask=kb < k_blocks)
         gaps = ((n_full > 0) & (last - first + 1 != n_full)).to(tl.int32)
     tl.store(counts + line, n_partial)
     tl.store(counts + lines + line, n_full)
@@ -168,7 +214,7 @@ def _plan(
             n_rest += tl.sum(is_rest, 0)
             real = (is_rest != 0) & (source >= 0)
             before = tl.load(queries + b * rows + n - 1, mask=real & (n > 0), other=-1)
-            seen = tl.load(copied + keys + source // BLOCK_N, mask=real, other=0) != 0
+            seen = tl.load(state + source // BLOCK_N, mask=real, other=0) != 0
             taken = real & seen & (before != own)
             tl.store(copied + source, n, mask=taken)
             is_left = ((is_rest != 0) & ~taken).to(tl.int32)
@@ -194,18 +240,19 @@ def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
     q_blocks, k_blocks = ceil_div(rows, block_m), ceil_div(keys, block_n)
     kinds = 1 if layout.groups == 1 else 1 + layout.groups
     lists = torch.empty(5, batch, patterns, q_blocks * block_m, dtype=torch.int32, device=device)
-    copied = torch.empty(batch, patterns, keys + k_blocks, dtype=torch.int32, device=device)
+    copied = torch.empty(batch, patterns, keys, dtype=torch.int32, device=device)
     blocks = torch.empty(2, kinds, batch, patterns, q_blocks, k_blocks, dtype=torch.int32, device=device)
     counts = torch.empty(2, kinds, batch, patterns, q_blocks, dtype=torch.int32, device=device)
     needs = torch.zeros(7, dtype=torch.int32, device=device)
+    state = torch.empty(kinds, batch, patterns, q_blocks, k_blocks, dtype=torch.int8, device=device)
     launch(
         _plan,
         (q_blocks, batch * patterns, kinds),
-        (*layout.pair_facts, layout.queries, layout.rules, lists, copied, blocks, counts, needs),
+        (*layout.pair_facts, layout.queries, layout.rules, lists, copied, blocks, counts, needs, state),
         (keys, rows, q_blocks * block_m, batch, patterns, q_blocks, k_blocks),
         (
-            kinds, layout.page is not None, layout.segment is not None, layout.mask is not None, block_m, block_n, 2,
-            min(2048, power_above(max(rows, keys))),
+            kinds, layout.page is not None, layout.segment is not None, layout.mask is not None, block_m, block_n,
+            64, 2, min(2048, power_above(max(rows, keys))),
         ),
         num_warps=8,
     )  # fmt: skip
