@@ -10,7 +10,7 @@ from pathlib import Path
 import gradio as gr
 
 from mmefficient.demo.ask import ask_tab
-from mmefficient.demo.compare import compare_tab, evaluate_tab
+from mmefficient.demo.compare import compare_tab, evaluate_tab, heads_tab
 from mmefficient.demo.plans import plan_tab
 from mmefficient.demo.service import Service
 from mmefficient.demo.uploads import MAX_BYTES
@@ -50,6 +50,8 @@ def build(service: Service, folder: Path) -> gr.Blocks:
             plan_tab(service, inputs, folder)
         with gr.Tab("Compare"):
             compare_tab(service, inputs)
+        with gr.Tab("Heads"):
+            heads_tab(service, inputs)
         with gr.Tab("Evaluate"):
             evaluate_tab(service, inputs)
     page.queue(max_size=WAITING, default_concurrency_limit=4)

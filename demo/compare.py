@@ -1,4 +1,4 @@
-"""Tabs "Compare" and "Evaluate": all presets on one question, and two plans on a sample of the embedded scenes."""
+"""Tabs "Compare", "Heads" and "Evaluate": all presets on one question, every head on it, a plan on some scenes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from mmefficient.demo.ask import Inputs
 from mmefficient.demo.service import Service
 from mmefficient.demo.speak import spoken
-from mmefficient.demo.views import accuracies, comparison, scatter
+from mmefficient.demo.views import accuracies, comparison, head_maps, scatter
 from mmefficient.evaluation import run_eval
 
 MAX_QUESTIONS = 110
@@ -30,7 +30,7 @@ def compare_tab(service: Service, inputs: Inputs) -> None:
     ) -> tuple[str, str]:
         """Answer, visual tokens, FLOPs and measured times under every preset."""
         progress(0, desc="asking under every preset")
-        found = service.measure(model, picture, question, service.presets(model))
+        found = service.measure(model, picture, question, service.presets(model), repeats=1)
         return comparison(found), scatter(found)
 
     button.click(
@@ -38,6 +38,31 @@ def compare_tab(service: Service, inputs: Inputs) -> None:
         [inputs.model, inputs.picture, inputs.question],
         [table, plot],
         api_name="compare",
+        concurrency_id="model",
+        concurrency_limit=1,
+    )
+
+
+def heads_tab(service: Service, inputs: Inputs) -> None:
+    """Build the tab inside the current `gr.Blocks`."""
+    gr.Markdown(
+        "What every head does with the picture of the first tab, without a plan: *divergence*, how much its output in "
+        "the last prompt row depends on the picture; *image mass*, the attention it gives it; *gain*, what `vhr` would "
+        "do. A row is a layer; hover for the value."
+    )
+    button = gr.Button("Measure the heads", variant="primary", elem_id="heads")
+    maps = gr.HTML(elem_id="head-maps")
+
+    @spoken
+    def heads(model: str, picture: Image.Image | None, question: str) -> str:
+        """Layer x head maps of divergence, image mass and gain."""
+        return head_maps(service.heads(model, picture, question))
+
+    button.click(
+        heads,
+        [inputs.model, inputs.picture, inputs.question],
+        maps,
+        api_name="heads",
         concurrency_id="model",
         concurrency_limit=1,
     )

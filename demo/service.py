@@ -18,6 +18,7 @@ from mmefficient.flops import kv_bytes
 from mmefficient.methods import method, methods
 from mmefficient.models import adapter_for
 from mmefficient.plan import Plan
+from mmefficient.profiles.heads import measure as measure_heads
 from mmefficient.report import Report
 from mmefficient.run import Run
 from mmefficient.vlm import VLM
@@ -91,18 +92,25 @@ class Service:
         """Float32 [layers, N], what visual tokens receive from the last prompt row, without a plan."""
         return attention_received(self.model(name), picture, question)
 
-    def measure(self, name: str, picture: Image.Image | None, question: str, plans: Sequence[str]) -> list[Measured]:
-        """Answer under every plan: one warm-up each, then `REPEATS` rounds in which the plans take turns."""
+    def heads(self, name: str, picture: Image.Image | None, question: str) -> Tensor:
+        """Float32 [3, layers, heads], the maps of `mmefficient.profiles.heads.MAPS` for one prompt without a plan."""
+        picture, question = check_input(picture, question)
+        return measure_heads(self.model(name), [(picture, question)])
+
+    def measure(
+        self, name: str, picture: Image.Image | None, question: str, plans: Sequence[str], repeats: int = REPEATS
+    ) -> list[Measured]:
+        """Answer under every plan: one warm-up each, then `repeats` rounds in which the plans take turns."""
         picture, question = check_input(picture, question)
         vlm = self.model(name)
-        runs = [[vlm.ask(picture, question, plan=plan) for plan in plans] for _ in range(REPEATS + 1)]
+        runs = [[vlm.ask(picture, question, plan=plan) for plan in plans] for _ in range(repeats + 1)]
         found = []
         for index, plan in enumerate(plans):
             answers = [answers[index] for answers in runs[1:]]
             stages = {stage: statistics.median(a.report.stages_ms[stage] for a in answers) for stage in STAGES}
             report = answers[-1].report
             found.append(
-                Measured(str(Plan(plan)), answers[-1].text, report, stages, REPEATS, stored_bytes(vlm.model, report))
+                Measured(str(Plan(plan)), answers[-1].text, report, stages, repeats, stored_bytes(vlm.model, report))
             )
         return [dataclasses.replace(one, realised=_realised(found[0], one)) for one in found]
 

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from torch import Tensor
+
 from mmefficient.bench.timers import STAGES
 from mmefficient.console import kept_sentence
 from mmefficient.demo.service import Measured
 from mmefficient.evaluation.markdown import NOISE, difference, estimate
+from mmefficient.profiles.heads import MAPS
 
 COLOURS = {"preprocess": "#8c8c8c", "vision": "#56b4e9", "prefill": "#0072b2", "decode": "#e69f00"}
 
@@ -25,6 +28,8 @@ CSS = """
 .mm-wide { overflow-x: auto; } .mm-wide table { border-collapse: collapse; }
 .mm-wide td, .mm-wide th { padding: 0.25rem 0.6rem; border-bottom: 1px solid #8884; text-align: left; }
 .mm-wide td.n, .mm-wide th.n { text-align: right; font-variant-numeric: tabular-nums; }
+.mm-heads { display: inline-block; margin: 0 1.5rem 1rem 0; vertical-align: top; }
+.mm-heads div { display: flex; } .mm-heads span { width: 1.1rem; height: 1.1rem; margin: 1px; border-radius: 2px; }
 .mm-plot { width: 100%; max-width: 44rem; height: auto; }
 """
 
@@ -88,7 +93,8 @@ def comparison(found: Sequence[Measured]) -> str:
         cells = [f"{mean_tokens(one):.0f}", f"{share:.0%}", f"{one.stages_ms['prefill']:.1f}", f"{one.total_ms:.1f}"]
         figures = "".join(f'<td class="n">{cell}</td>' for cell in cells)
         rows.append(f"<tr><td><code>{escape(one.plan)}</code></td><td>{escape(one.text)}</td>{figures}</tr>")
-    note = f"Medians of {found[0].repeats} warm runs, plans taking turns."
+    times = "One warm run" if found[0].repeats == 1 else f"Medians of {found[0].repeats} warm runs"
+    note = f"{times} of every plan, taking turns."
     return f'<div class="mm-wide"><table><tr>{head}</tr>{"".join(rows)}</table></div><p>{note}</p>'
 
 
@@ -141,3 +147,22 @@ def accuracies(report: Mapping[str, Any]) -> str:
             lines.append(f"| {name.removesuffix('/accuracy')} | {value['n']} | {' | '.join(cells)} | {paired} |")
     note = f"In percent, with 95 % bootstrap intervals; {NOISE} marks a difference whose interval includes zero."
     return "\n".join(lines) + f"\n\n{note}"
+
+
+def head_maps(maps: Tensor) -> str:
+    """[maps, layers, heads], in the order of `MAPS`, as grids of squares: a row per layer; hovering tells the value."""
+    found = []
+    for name, values in zip(MAPS, maps.tolist(), strict=True):
+        low = min(map(min, values))
+        span = (max(map(max, values)) - low) or 1.0
+        rows = []
+        for layer, row in enumerate(values):
+            squares = "".join(
+                f'<span style="background:rgb(0 114 178 / {0.08 + 0.92 * (value - low) / span:.2f})" '
+                f'title="layer {layer}, head {head}: {value:.3g}"></span>'
+                for head, value in enumerate(row)
+            )
+            rows.append(f"<div>{squares}</div>")
+        label = f"{name}, {low:.2g} to {low + span:.2g}"
+        found.append(f'<div class="mm-heads" role="img" aria-label="{label}"><p>{label}</p>{"".join(rows)}</div>')
+    return "".join(found)

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmefficient.errors import ModelError
 from mmefficient.kernels.key_scores import key_scores
+from mmefficient.points import KEYS
 from mmefficient.steering import Aside, attend
 
 KEY = "mmefficient"
@@ -88,6 +89,8 @@ def score(
     call: Any, module: Any, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> None:
     """Hand over the scores that methods want from the layer of `module`; tensors as in `row_scores`."""
+    if call.asks_key_norms(module.layer_idx):
+        call.set_scores(KEYS, key.float().abs().sum((1, 3)))
     for asker, rows, used in call.asking(module.layer_idx):
         call.set_scores(asker, row_scores(query, key, mask, rows, used, scale))
 

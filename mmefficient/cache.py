@@ -86,3 +86,17 @@ def written_rows(cache: Cache | None, index: int, offered: int) -> int:
     """How many of the `offered` key rows of layer `index` hold something, after this call's rows were written."""
     layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
     return int(layer.cumulative_length) if isinstance(layer, StaticLayer) else offered
+
+
+def store_first(cache: Cache, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Write the first rows [B, G, n, d] of layer `index`, which is empty; a growing layer keeps the tensors themselves.
+
+    The stock layer would copy them behind its zero rows, which takes longer than an attention of few rows.
+    """
+    known = index < len(cache.layers)
+    kind = type(cache.layers[index]) if known else cache.layer_class_to_replicate
+    if kind not in (DynamicLayer, PrunedLayer) or getattr(cache, "offloading", False):
+        cache.update(key, value, index)
+        return
+    cache.update(key[:, :, :0], value[:, :, :0], index)
+    cache.layers[index].keys, cache.layers[index].values = key, value

@@ -80,6 +80,10 @@ class Call:
             if "question_attention" in reducer.needs:
                 yield reducer, *self.prefill.asking.rows(reducer, self.prefill.now)
 
+    def asks_key_norms(self, layer: int) -> bool:
+        """Whether a method that acts after `layer` ranks by the size of its keys."""
+        return self.prefill is not None and any("key_norm" in r.needs for r in self.asked.get(layer, ()))
+
     def steers(self, layer: int) -> bool:
         """Whether attention in this layer is more than the stock function's."""
         if self.prefill is None:

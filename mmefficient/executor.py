@@ -27,14 +27,14 @@ from mmefficient.profiles import Checkpoint
 from mmefficient.reduction import HostFacts, Parts, Prefill, PromptState, Rope
 from mmefficient.rows import LayerPlan, RowLayer, check_layer
 from mmefficient.run import Run
-from mmefficient.tokens import build
+from mmefficient.tokens import TokenMap, build
 from mmefficient.vision import Vision, Watcher
 
 if TYPE_CHECKING:
     from mmefficient.models.base import Adapter
 
 STATE = "_mmefficient_state"
-FROM_LAYER_BEFORE = frozenset({"last_row_attention", "question_attention"})
+FROM_LAYER_BEFORE = frozenset({"last_row_attention", "question_attention", "key_norm"})
 FROM_OWN_LAYER = frozenset({"own_row_attention", "own_heads"})
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 Hooked = tuple[tuple[Any, ...], dict[str, Any]]
@@ -88,7 +88,7 @@ class Executor:
                 last = len(layers) - 1
                 raise PlanError(f"{reducer}: layer {reducer.site} is out of range; the model has layers 0 to {last}.")
             if reducer.site == 0 and reducer.needs & FROM_LAYER_BEFORE:
-                raise PlanError(f"{reducer}: layer 0 has no layer before it to take attention from; use layer >= 1.")
+                raise PlanError(f"{reducer}: layer 0 has no layer before it to learn from; use layer >= 1.")
             if reducer.position_policy == "compact" and self.adapter.mrope:
                 raise PlanError(f"{reducer}: positions here are (time, height, width) triplets; use positions='keep'.")
         name = type(self.adapter.decoder).__name__
@@ -278,13 +278,7 @@ class Executor:
             {kind: vision.strides for kind, vision in call.vision.items()},
             call.repeats,
         )
-        seen = tokens.visual
-        self.run.saw_images |= bool(seen.any())
-        if self.watcher.watching and bool((tokens.source[seen] < 0).any()):
-            raise ModelError(
-                "some visual tokens are resampled after the vision tower (videos and very large images are); "
-                "use a method that works inside the language model, such as fastv."
-            )
+        self.look(tokens)
         if self.watcher.matchers:
             assert call.ids is not None
             at = question_at(tokens, call.drafts)
@@ -299,6 +293,16 @@ class Executor:
         tower = call.vision["image"].tower if "image" in call.vision else None
         call.prefill = Prefill(state, facts, tower, simulate=self.run.mode == "simulate")
         self.run.add(state)
+
+    def look(self, tokens: TokenMap) -> None:
+        """Note whether a new prompt has images; raises ModelError if their tower facts are wanted and do not exist."""
+        seen = tokens.visual
+        self.run.saw_images |= bool(seen.any())
+        if self.watcher.watching and bool((tokens.source[seen] < 0).any()):
+            raise ModelError(
+                "some visual tokens are resampled after the vision tower (videos and very large images are); "
+                "use a method that works inside the language model, such as fastv."
+            )
 
     def on_layer(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
         """Let reducers act, and fit rope, positions, mask and cache to the rows the layer holds."""
@@ -318,7 +322,7 @@ class Executor:
         prefill.enter(kwargs["position_embeddings"], kwargs.get("position_ids"))
         for reducer in self.rated if index == 0 and prefill.has_visual else ():
             prefill.choose_raters(reducer, hidden)
-        parts = Parts(self._project, self._rotary, partial(self._heads, layer), partial(self._texts, call))
+        parts = self.parts(layer, call)
         if index == 0 and self.blind_until >= 0 and prefill.has_visual:
             prefill.blind = Blind(prefill, hidden, mask, parts, self.adapter.mrope, self.flash)
         if index == self.blind_until + 1:
@@ -342,11 +346,20 @@ class Executor:
         fitted = dict(kwargs, position_embeddings=prefill.rope, position_ids=position, attention_mask=new)
         return (hidden, *args[1:]), fitted
 
+    def parts(self, layer: Any, call: Call | None) -> Parts:
+        """What reductions at the input of `layer` may use; without a call there are no texts."""
+        return Parts(self._project, self._rotary, partial(self._heads, layer), partial(self._texts, call), self._norm)
+
     def _project(self, features: torch.Tensor) -> torch.Tensor:
         projector = self.adapter.tower_parts()[0]
         return projector(features)
 
-    def _texts(self, call: Call, matcher: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.adapter.decoder.norm(hidden)
+        return normed
+
+    def _texts(self, call: Call | None, matcher: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        assert call is not None
         return self.watcher.matchers[matcher].texts(call.words, device)
 
     def _rotary(self, hidden: torch.Tensor, position: torch.Tensor) -> Rope:

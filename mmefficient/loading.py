@@ -21,16 +21,18 @@ def load(
 ) -> tuple[Any, Any]:
     """Return (model in evaluation mode on its device, processor that pads on the left).
 
-    `name` is a folder in Hugging Face format, a hub id, ``reference`` for the embedded model, or ``reference-biased``
-    for the same with a delta that makes it hallucinate. `device` and `dtype` are as in `resolve_device` and
-    `resolve_dtype`. Code from the hub is never run.
+    `name` is a folder in Hugging Face format, a hub id, ``reference`` for the embedded model, ``reference+NAME`` for
+    one of its deltas (``reference-biased`` is the one that makes it hallucinate), or the folder of a delta
+    (`models.reference.adapt`). `device` and `dtype` are as in `resolve_device` and `resolve_dtype`. Code from the hub
+    is never run.
 
     Raises:
         ModelError: not a model, not a vision-language model, damaged, or not reachable.
         InputError: a device or dtype that does not exist here.
     """
     target = resolve_device(device)
-    source = _source(name)
+    delta = _delta(name)
+    source = _source(REFERENCE if delta else name)
     config = _guard(name, AutoConfig.from_pretrained, source, trust_remote_code=False)
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ModelError(
@@ -51,11 +53,10 @@ def load(
         trust_remote_code=False,
         **options,
     )
-    if name == BIASED:
-        from mmefficient.models import reference
-        from mmefficient.models.reference import delta
+    if delta is not None:
+        from mmefficient.models.reference import adapt
 
-        delta.add(model, reference.biased_path())
+        adapt.load(model, delta)
     return model.to(target).eval(), processor
 
 
@@ -95,9 +96,21 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, config: Any = 
     return chosen
 
 
+def _delta(name: str | os.PathLike[str]) -> Path | None:
+    """The folder of the delta that `name` asks for."""
+    text = os.fspath(name)
+    text = f"{REFERENCE}+biased" if text == BIASED else text
+    if text.startswith(f"{REFERENCE}+"):
+        from mmefficient.models.reference import adapt
+
+        return adapt.VARIANTS / text.removeprefix(f"{REFERENCE}+")
+    folder = Path(text).expanduser()
+    return folder if (folder / "delta.json").is_file() else None
+
+
 def _source(name: str | os.PathLike[str]) -> str:
     text = os.fspath(name)
-    if text in (REFERENCE, BIASED):
+    if text == REFERENCE:
         from mmefficient.models import reference
 
         return os.fspath(reference.path())

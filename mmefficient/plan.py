@@ -13,6 +13,8 @@ from torch import nn
 
 from mmefficient.errors import ModelError, PlanError, SilentPlanError, UnknownMethodError
 from mmefficient.executor import Executor
+from mmefficient.graph import EngineName
+from mmefficient.graph import attach as attach_engine
 from mmefficient.methods import method, suggest
 from mmefficient.models import adapter_for
 from mmefficient.points import Method, Reducer, RowPolicy
@@ -74,7 +76,9 @@ class Plan:
         return cls([_make(entry.pop("name"), entry) for entry in entries])
 
     @contextmanager
-    def apply(self, model: nn.Module, mode: Mode = "apply", tokenizer: Any = None) -> Iterator[Run]:
+    def apply(
+        self, model: nn.Module, mode: Mode = "apply", tokenizer: Any = None, engine: EngineName = "eager"
+    ) -> Iterator[Run]:
         """Put the plan on `model` for the time of a `with` block; afterwards the model is as it was.
 
         Inside, `model.generate` and `model(...)` work as usual. A plain forward returns logits for the rows that are
@@ -83,10 +87,13 @@ class Plan:
         Args:
             model: a ForConditionalGeneration model of a supported family.
             mode: "apply" removes tokens; "simulate" decides the same but only hides them, which saves nothing.
-            tokenizer: the model's, for methods that read the words of the question; others need none.
+            tokenizer: the model's, for methods that read the words of the question (`matchers.words.Words` leaves the
+                chat template's out); others need none.
+            engine: "eager": `generate` runs as it is; "graph": it runs as recorded programs (CUDA graphs), or raises;
+                "auto": as recorded programs where that works. Without a GPU "auto" runs the programs unrecorded.
 
         Raises:
-            ModelError: the model cannot carry the plan, or carries one already.
+            ModelError: the model cannot carry the plan, or carries one already; engine="graph" cannot run it.
             PlanError: a layer is out of range for this model.
             SilentPlanError: on leaving, if prompts with images were run and no method acted on them.
         """
@@ -98,6 +105,12 @@ class Plan:
         run = Run(str(self), mode, adapter)
         executor = Executor(model, adapter, self.methods, run, tokenizer)
         undo = executor.attach()
+        try:
+            undo += attach_engine(executor, engine)
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            raise
         adapter.base.__dict__[ATTACHED] = executor
         model.__dict__.pop("_compiled_call", None)  # a compiled decode step does not notice new hooks
         try:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from mmefficient.models.base import Adapter
     from mmefficient.profiles import Checkpoint
 
+KEYS: Literal["keys"] = "keys"
+"""Among the scores of a layer, the sizes of its keys."""
+
 Positions = Literal["keep", "compact"]
 Scope = Literal["image", "prompt", "tile"]
 Layers = Literal["all"] | tuple[int, ...]
@@ -135,10 +138,12 @@ class QuestionTokens:
     Attributes:
         hidden: residual stream, [U, Q, D].
         valid: bool [U, Q]; False in the unused tail. The last valid one is the prompt's last token.
+        key_norm: as in `VisualTokens`.
     """
 
     hidden: torch.Tensor
     valid: torch.Tensor
+    key_norm: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,8 @@ class VisualTokens:
 
     Attributes:
         units: the U units.
-        hidden: residual stream entering the layer, [U, N, D].
+        hidden: residual stream entering the layer, [U, N, D]; for methods with "final_norm" in `Reducer.needs` as the
+            decoder's last norm sees it, the question's likewise.
         valid: bool [U, N]; False in the unused tail of a short unit. Other tensors hold arbitrary numbers there.
         size: float32 [U, N], original tokens each one stands for.
         attention: float32 [U, N] or None: probability each token receives, mean over heads. `Reducer.needs` says from
@@ -185,6 +191,8 @@ class VisualTokens:
             the layer about to be entered; "question_attention", the question rows that `Reducer.raters` chose in the
             previous layer, mean over them.
         tower, question, own, match: present when "tower", "question", "own_heads", "match" is in `Reducer.needs`.
+        key_norm: float32 [U, N] or None: sum of the absolute values of a token's (rotated) keys in the previous layer,
+            over all heads. Present when "key_norm" is in `Reducer.needs`.
         mark: bool [U, N] or None: present when "mark" is in `Reducer.needs`: the places at which a tower that gives
             fewer tokens (`Reducer.attach`) has put them; other places hold zeros.
     """
@@ -199,6 +207,7 @@ class VisualTokens:
     own: OwnHeads | None = None
     match: MatchTokens | None = None
     mark: torch.Tensor | None = None
+    key_norm: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from mmefficient.matchers import EMBEDDINGS, load
 from mmefficient.modulation import answering
 from mmefficient.packing import Units
 from mmefficient.points import (
+    KEYS,
     MatchTokens,
     OwnHeads,
     QuestionTokens,
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 LAST: Literal["last"] = "last"
-Asker = Literal["last"] | Reducer
-"""Whose attention a score is: the last prompt row's, or the question rows that a reducer chose."""
+Asker = Literal["last", "keys"] | Reducer
+"""Whose attention a score is: the last prompt row's, or the question rows that a reducer chose. KEYS: sizes of keys."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Parts:
         rotary: the decoder's rotary embedding, of hidden states and position ids.
         heads: query [B, H, n, d], key [B, G, n, d] and the factor on their products in the layer about to be entered,
             of hidden states and rope.
+        norm: the decoder's last norm.
         texts: the rows' questions in the space of a matcher, see `matchers.Matcher.texts`; of its name and a device.
     """
 
@@ -55,6 +57,7 @@ class Parts:
     rotary: Callable[[torch.Tensor, torch.Tensor], Rope]
     heads: Callable[[torch.Tensor, Rope], tuple[torch.Tensor, torch.Tensor, float]]
     texts: Callable[[str, torch.device], tuple[torch.Tensor, torch.Tensor]]
+    norm: Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -100,6 +103,9 @@ class HostFacts:
         last: int64 [B], the last prompt token of each row; None = the last position everywhere.
         behind: positions from the earliest of those to the end.
         answers: positions from the earliest text after a last image to the end; 0 = no row has any.
+        tail: int64 [B], tokens behind it that stay in all layers (drafts, or the filling of a bucket); None = no row
+            has any.
+        separators: the most learned line breaks a row has, where how many stay must not be asked for; else None.
     """
 
     units: Mapping[Scope, Units]
@@ -111,6 +117,8 @@ class HostFacts:
     last: torch.Tensor | None
     behind: int
     answers: int
+    tail: torch.Tensor | None = None
+    separators: int | None = None
 
     @classmethod
     def of(cls, tokens: TokenMap, scopes: set[Scope], drafts: int, device: torch.device) -> HostFacts:
@@ -130,6 +138,7 @@ class HostFacts:
             last=None if bool((last == real.shape[1] - 1).all()) else last.to(device),
             behind=real.shape[1] - int(last.min()),
             answers=real.shape[1] - int(after[0]) if len(after) else 0,
+            tail=torch.full((len(last),), drafts, device=device) if drafts else None,
         )
 
 
@@ -310,7 +319,11 @@ class Prefill:
             assert self.tower is not None
             assert self.tower.mark is not None
             mark = self.tower.mark.to(source.device)[source]
-        attention = question = own = None
+        if "final_norm" in reducer.needs:
+            hidden = parts.norm(hidden)
+        attention = question = own = key_norm = None
+        if "key_norm" in reducer.needs:
+            key_norm = self.scores[KEYS].to(at.device)[rows, index]
         if "last_row_attention" in reducer.needs:
             attention = self.scores[LAST]
         elif "question_attention" in reducer.needs:
@@ -325,7 +338,7 @@ class Prefill:
             own = self._own_heads(hidden, rows, index, parts)
         size = self.state.tokens.size[rows, at]
         return VisualTokens(
-            units.units, hidden[rows, index], filled, size, attention, tower, question, own, match, mark
+            units.units, hidden[rows, index], filled, size, attention, tower, question, own, match, mark, key_norm
         )
 
     def _match(
@@ -352,7 +365,9 @@ class Prefill:
 
     def _asked(self, units: Units, hidden: torch.Tensor, segment: Segment) -> QuestionTokens:
         slots, used = self.asking.slots(segment)
-        return QuestionTokens(hidden[units.rows[:, None], slots[units.rows]], used[units.rows])
+        at = units.rows[:, None], slots[units.rows]
+        norms = self.scores.get(KEYS)
+        return QuestionTokens(hidden[at], used[units.rows], None if norms is None else norms.to(hidden.device)[at])
 
     def _own_row(self, hidden: torch.Tensor, segment: Segment, parts: Parts) -> torch.Tensor:
         """Attention of the last prompt row in the layer about to be entered, float32 [B, n]."""
@@ -450,13 +465,16 @@ class Prefill:
         self.rope, self.position = rotary(hidden, now), now if self.position is not None else None
 
     def _row_counts(self, units: Units, counts: Sequence[int], keep: torch.Tensor) -> list[int]:
-        """Tokens each row keeps; with separators only the device knows how many of those stay."""
-        if self.facts.lines:
+        """Tokens each row keeps, or a bound; with separators only the device knows how many of those stay."""
+        if self.facts.lines and self.facts.separators is None:
             return keep.sum(1).tolist()
         rows = list(self.facts.others)
         for unit, count in zip(units.units, counts, strict=True):
             rows[unit.row] += count
-        return rows
+        if not self.facts.lines:
+            return rows
+        assert self.facts.separators is not None
+        return [min(row + self.facts.separators, keep.shape[1]) for row in rows]
 
     def _repack(
         self, hidden: torch.Tensor, keep: torch.Tensor, columns: torch.Tensor, rows: Sequence[int], length: int
@@ -464,19 +482,20 @@ class Prefill:
         """Move the kept rows to the right end; shorter rows are filled up with rows that take no part."""
         assert self.rope is not None
         longest = max(rows)
+        exact = not (self.facts.lines and self.facts.separators is not None)
         order = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - longest :]
-        valid = None if min(rows) == longest else keep.gather(1, order)
+        valid = None if min(rows) == longest and exact else keep.gather(1, order)
         self._hold(Segment(columns.gather(1, order), valid, length))
         self.rope = (gather_rows(self.rope[0], order), gather_rows(self.rope[1], order))
         if self.position is not None:
             self.position = self.position.expand(len(order), -1).gather(1, order)
         for asker, scores in self.scores.items():
             self.scores[asker] = scores.to(order.device).gather(1, order)
-        drafts = self.facts.drafts
-        self.behind = 1 + drafts
+        self.behind = 1 + self.facts.drafts
         if self.key_bias is not None:
             self.key_bias = self.key_bias.gather(1, order)
-        self.last = order.new_full((len(order),), longest - 1 - drafts) if drafts else None
+        tail = self.facts.tail
+        self.last = None if tail is None else longest - 1 - tail
         return gather_rows(hidden, order)
 
 

@@ -37,6 +37,7 @@ class Report:
             (see `flops.kv_bytes`); simulating saves nothing.
         stages_ms: milliseconds per stage, filled in by whoever timed them.
         generated_tokens: filled in by whoever decoded them.
+        engine: what ran the call and what it holds, see `Run.engine`.
         lives_until: per row, int32 [N]: the first decoder layer that no longer holds each visual token, prompt order.
         merged_into: per row, int64 [N]: index (prompt order) of the visual token that carries on each one's features;
             its own if it was kept, or left without being merged.
@@ -51,6 +52,7 @@ class Report:
     stored_tokens: int = 0
     stages_ms: dict[str, float] = field(default_factory=dict)
     generated_tokens: int | None = None
+    engine: Mapping[str, Any] = field(default_factory=dict, compare=False)
     lives_until: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
     places: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
     merged_into: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)

@@ -7,6 +7,7 @@ values go into the cache as ever.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmefficient.attention import KEY, score
+from mmefficient.cache import store_first
 from mmefficient.errors import ModelError, PlanError
 from mmefficient.kernels.grouped_attention import Layout, grouped_attention
 from mmefficient.kernels.grouped_attention.pattern import IMAGE, SOLO, causal
@@ -31,7 +33,7 @@ from mmefficient.tokens import Role
 if TYPE_CHECKING:
     from mmefficient.models.base import Adapter
 
-FEW_KEYS = 8192
+FEW_KEYS = 2048
 """With fewer keys than this, one dense mask for the text rows costs less than launching blocks."""
 
 LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -200,38 +202,38 @@ class RowLayer:
         attention, rope = self.layer.self_attn, kwargs["position_embeddings"]
         packed = self.plan.work.attention != "full"
         scored = any(True for _ in call.asking(attention.layer_idx))
+        every = scored or not packed  # whoever scores chooses among all rows
         key, value = self.heads("k", normed), self.heads("v", normed)
-        rotate = _rotation(self.layer)
-        if scored or not packed:  # whoever scores chooses among all rows
-            query, key = rotate(self.heads("q", normed), key, *rope)
-            if scored:
-                mask = kwargs.get("attention_mask")
-                score(
-                    call, attention, query, key, None if mask is None else mask[..., : key.shape[2]], attention.scaling
-                )
-            if packed:
-                chosen = slots.text_rows(query.transpose(1, 2).flatten(2))
-                query = chosen.unflatten(2, (-1, key.shape[3])).transpose(1, 2)
-        else:
-            query = self.heads("q", slots.text_rows(normed))
-            query = rotate(query, query[:, :0], *slots.text_rope(rope))[0]
-            key = rotate(key[:, :0], key, *rope)[1]
-        cache = kwargs.get("past_key_values")
-        if cache is not None:
-            cache.update(key, value, attention.layer_idx)  # empty before: what it returns may be longer, never more
+        query = self.heads("q", normed if every else slots.text_rows(normed))
+        # rotated while rows are contiguous, which is several times faster than after the transposition
+        query = self.rotate(query, rope if every else slots.text_rope(rope))
+        query, key, value = (x.transpose(1, 2) for x in (query, self.rotate(key, rope), value))
+        if scored:
+            mask = kwargs.get("attention_mask")
+            score(call, attention, query, key, None if mask is None else mask[..., : key.shape[2]], attention.scaling)
+        if scored and packed:
+            chosen = slots.text_rows(query.transpose(1, 2).flatten(2))
+            query = chosen.unflatten(2, (-1, key.shape[3])).transpose(1, 2)
+        if kwargs.get("past_key_values") is not None:
+            store_first(kwargs["past_key_values"], attention.layer_idx, key, value)
         seen = attend(query, key, value, slots, self.plan.pairs, packed, attention.scaling)
         out = seen.transpose(1, 2).flatten(2)
         if self.plan.work.attention != "self":
             return out
-        repeated = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).flatten(2)
-        return slots.put_text(repeated, out)
+        repeat = query.shape[1] // value.shape[1]
+        own = value if repeat == 1 else value.repeat_interleave(repeat, 1)
+        return slots.put_text(own.transpose(1, 2).flatten(2), out)
 
     def heads(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """x [B, n, D] -> queries, keys or values [B, heads, n, d], normed per head where the family does."""
+        """x [B, n, D] -> queries, keys or values [B, n, heads, d], normed per head where the family does."""
         attention = self.layer.self_attn
         heads = getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, attention.head_dim))
         norm = getattr(attention, f"{name}_norm", None)
-        return (heads if norm is None else norm(heads)).transpose(1, 2)
+        return heads if norm is None else norm(heads)
+
+    def rotate(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """Queries or keys [B, n, heads, d] at their positions."""
+        return _rotation(self.layer)(x[:, :, :0], x, *rope, unsqueeze_dim=2)[1]
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer.mlp(self.layer.post_attention_layernorm(x))
@@ -314,7 +316,8 @@ def check_layer(layer: Any, plan: LayerPlan, adapter: Adapter, flash: bool) -> N
         raise ModelError(
             f"{name} is not the usual decoder layer ({found} differ); its visual rows cannot be run apart."
         )
-    if not hasattr(sys.modules[type(layer.self_attn).__module__], "apply_rotary_pos_emb"):
+    rotation = getattr(sys.modules[type(layer.self_attn).__module__], "apply_rotary_pos_emb", None)
+    if rotation is None or "unsqueeze_dim" not in inspect.signature(rotation).parameters:
         raise ModelError(f"{name} rotates queries and keys in its own way; its visual rows cannot be run apart.")
     if 0 < plan.work.ffn < 1:
         linear = [getattr(layer.mlp, part, None) for part in sorted(FFN_PARTS - {"act_fn"})]
@@ -322,17 +325,22 @@ def check_layer(layer: Any, plan: LayerPlan, adapter: Adapter, flash: bool) -> N
             type(m) is not nn.Linear for m in linear
         ):
             raise ModelError(f"{type(layer.mlp).__name__} is no gated FFN of plain matrices; its width cannot be cut.")
+        if layer.mlp.up_proj.weight.is_meta:
+            raise ModelError("the FFN of offloaded weights cannot be cut; load the model on one device.")
     if layer.training or layer in _CHECKED:
         return
     weight = layer.input_layernorm.weight
-    probe = torch.randn(1, 2, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight)
-    position = torch.arange(2, device=weight.device)[None]
+    # offloaded weights are elsewhere until their module runs
+    device = layer.input_layernorm._hf_hook.execution_device if weight.is_meta else weight.device
+    probe = torch.randn(1, 2, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(device, weight.dtype)
+    position = torch.arange(2, device=device)[None]
     rope = adapter.decoder.rotary_emb(probe, position.expand(3, 1, -1) if adapter.mrope else position)
     ours = RowLayer(layer, plan, False, layer.forward)
     with torch.no_grad():
         normed = layer.input_layernorm(probe)
         query, key, value = (ours.heads(part, normed) for part in "qkv")
-        query, key = _rotation(layer)(query, key, *rope)
+        query, key = ours.rotate(query, rope), ours.rotate(key, rope)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         options = {"is_causal": True, "scale": layer.self_attn.scaling, "enable_gqa": True}
         update = F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2).flatten(2)
         rows = probe + layer.self_attn.o_proj(update)

@@ -134,9 +134,7 @@ class Reading:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefill: Prefill, scale: float
     ) -> None:
         self.query, self.key, self.value, self.prefill, self.scale = query, key, value, prefill, scale
-        self.prompt = LayerPrompt(
-            layer, held(prefill), query, key, value, scale, prefill.hidden, tower=prefill.tower
-        )
+        self.prompt = LayerPrompt(layer, held(prefill), query, key, value, scale, prefill.hidden, tower=prefill.tower)
 
     def attend(self, call: Call, stock: Stock) -> torch.Tensor:
         """See the function `attend`; leaves in the prompt's state what decoding goes on with."""

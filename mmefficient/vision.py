@@ -27,6 +27,7 @@ from mmefficient.tokens import Layout
 from mmefficient.tower import taken
 
 if TYPE_CHECKING:
+    from mmefficient.graph.engine import Engine
     from mmefficient.models.base import Adapter
 
 
@@ -53,6 +54,26 @@ class Tower:
     def __len__(self) -> int:
         known = [self.features, self.mark, *self.matched.values()]
         return next(len(each) for each in known if each is not None)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything there is, by name."""
+        named = {
+            "features": self.features,
+            "mark": self.mark,
+            **{f"match {name}": x for name, x in self.matched.items()},
+        }
+        for number, facts in enumerate(self.layers.values()):
+            named |= {f"attention {number}": facts.attention, f"keys {number}": facts.keys}
+        return {name: x for name, x in named.items() if x is not None}
+
+    def like(self, tensors: Mapping[str, torch.Tensor]) -> Tower:
+        """The same facts in other tensors, named as in `tensors`."""
+        layers = {
+            layer: LayerTokens(tensors[f"attention {number}"], tensors[f"keys {number}"])
+            for number, layer in enumerate(self.layers)
+        }
+        matched = {name: tensors[f"match {name}"] for name in self.matched}
+        return Tower(tensors.get("features"), layers, matched, tensors.get("mark"))
 
     def tokens(self, source: torch.Tensor) -> TowerTokens:
         """Facts of the patches `source` [U, N]; needs features and layers."""
@@ -124,6 +145,7 @@ class Watcher:
             self.matchers or reading or any("mark" in r.needs for r in methods)
         )
         self.projector = adapter.tower_parts()[0] if reading or self.matchers else None
+        self.engine: Engine | None = None
 
     def attach(self) -> list[Callable[[], Any]]:
         """Start observing; returns the functions that undo it."""
@@ -160,13 +182,10 @@ class Watcher:
     def observe(self, kind: str, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the encoder and note what it was given and gave."""
         watch = kind == "image" and self.watching
-        _thread.capture = {} if watch else None
-        try:
-            out = stock(*args, **kwargs)
-            seen = _thread.capture
-        finally:
-            _thread.capture = None
-            mark = taken()
+        if self.engine is None:
+            out, tower = self.encode(watch, stock, args, kwargs)
+        else:
+            out, tower = self.engine.encode(self, kind, watch, stock, args, kwargs)
         features = getattr(out, "pooler_output", None)
         if features is None:  # asked for a tuple: not a call of generate or forward
             return out
@@ -176,10 +195,9 @@ class Watcher:
         for layout, tokens in zip(layouts, features, strict=True):
             if len(layout) != len(tokens):
                 raise ModelError(f"expected {len(layout)} tokens of a {kind} but the model made {len(tokens)}.")
-        strides, tower = [0] * len(layouts), None
-        if seen is not None and (seen or mark is not None):
+        strides = [0] * len(layouts)
+        if tower is not None:
             crops = self.adapter.crops(arguments, len(layouts))
-            tower = self.facts(seen, mark)
             each = len(tower) // sum(crops)
             strides = [each * before for before in accumulate(crops, initial=0)][:-1]
         vision = Vision(layouts, strides, tower)
@@ -188,6 +206,17 @@ class Watcher:
         if expecting is not None:
             expecting(kind, vision)
         return out
+
+    def encode(self, watch: bool, stock: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Tower | None]:
+        """Run the encoder; with `watch` also return the facts of the tower."""
+        _thread.capture = {} if watch else None
+        try:
+            out = stock(*args, **kwargs)
+            seen = _thread.capture
+        finally:
+            _thread.capture = None
+            mark = taken()
+        return out, None if seen is None or not (seen or mark is not None) else self.facts(seen, mark)
 
     def facts(self, seen: Mapping[Any, torch.Tensor], mark: torch.Tensor | None = None) -> Tower:
         """Turn captured activations, [crops, T, D] each, into facts per patch.

@@ -13,8 +13,10 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from mmefficient.bench.timers import StageTimer
 from mmefficient.errors import InputError
+from mmefficient.graph import EngineName
 from mmefficient.images import ImageSource, load_image, to_device
 from mmefficient.loading import load, pixel_options
+from mmefficient.matchers.words import Words
 from mmefficient.plan import Plan
 from mmefficient.report import Report
 
@@ -43,10 +45,11 @@ class VLM:
     several threads are safe; they run one after the other, since a plan is attached to the model while it answers.
     """
 
-    def __init__(self, model: Any, processor: Any, plan: Plan | str | None = None) -> None:
+    def __init__(self, model: Any, processor: Any, plan: Plan | str | None = None, engine: EngineName = "auto") -> None:
         self.model = model
         self.processor = processor
         self.plan = _as_plan(plan)
+        self.engine: EngineName = engine
         self._lock = threading.Lock()
 
     @classmethod
@@ -57,6 +60,7 @@ class VLM:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         attn_implementation: str | None = None,
+        engine: EngineName = "auto",
     ) -> VLM:
         """Load a folder in Hugging Face format, a hub id, or ``"reference"``, the embedded model.
 
@@ -64,6 +68,7 @@ class VLM:
             device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:N``.
             dtype: ``auto`` (the checkpoint's; float32 on the CPU), or a floating dtype or its name.
             attn_implementation: what transformers should use where no plan is active; None is its default.
+            engine: what runs `generate`, see `Plan.apply`.
 
         Raises:
             ModelError: not a vision-language model, damaged, or not reachable.
@@ -71,7 +76,7 @@ class VLM:
         """
         parsed = _as_plan(plan)  # a typo should not cost the time of loading a model
         model, processor = load(name, device=device, dtype=dtype, attn_implementation=attn_implementation)
-        return cls(model, processor, parsed)
+        return cls(model, processor, parsed, engine)
 
     def ask(self, image: Images, question: str, *, plan: Plan | str | None = None, **generate_kwargs: Any) -> Answer:
         """Answer one question about an image, several images (a list), or none (None, for an empty plan only).
@@ -125,7 +130,7 @@ class VLM:
 
         def work() -> None:
             try:
-                with self._lock, plan.apply(self.model, tokenizer=self.processor.tokenizer):
+                with self._lock, plan.apply(self.model, tokenizer=Words(self.processor), engine=self.engine):
                     self._generate(inputs, options)
             except BaseException as error:
                 failures.append(error)
@@ -149,7 +154,7 @@ class VLM:
         with self._lock, StageTimer(self.model) as timer:
             with timer.preprocess():
                 inputs = self._encode(conversations, chosen)
-            with chosen.apply(self.model, tokenizer=self.processor.tokenizer) as run:
+            with chosen.apply(self.model, tokenizer=Words(self.processor), engine=self.engine) as run:
                 sequences = self._generate(inputs, generate_kwargs)
         generated = sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(generated, skip_special_tokens=True)

@@ -229,5 +229,6 @@ def test_a_saved_checkpoint_answers_like_the_model_it_was_saved_from(checkpoint:
 
 def test_a_plan_that_never_acts_is_an_error(vlm: mm.VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmefficient.executor.Executor.on_layer", lambda *_: None)
+    monkeypatch.setattr(vlm, "engine", "eager")
     with pytest.raises(SilentPlanError, match="never acted"):
         vlm.ask(WIDE, QUESTION, plan=PLAN, max_new_tokens=1)

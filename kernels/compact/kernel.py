@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from mmefficient.kernels.common import ceil_div, power_above
+from mmefficient.kernels.launch import begin, launch
+
 
 @triton.jit
 def _copy(
@@ -26,7 +29,9 @@ def _copy(
 def _compact(
     x, y, x_out, y_out, keep, x_b, x_h, x_n, x_c, y_b, y_h, y_n, y_c, keep_b, keep_h, x_heads, y_heads, kept,
     X_C: tl.constexpr, Y_C: tl.constexpr, X_BLOCK: tl.constexpr, Y_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     block = tl.program_id(0)
     b = tl.program_id(2)
     h = tl.program_id(1)
@@ -42,10 +47,11 @@ def gather_two(x: torch.Tensor, y: torch.Tensor, keep: torch.Tensor) -> tuple[to
     batch, kept = x.shape[0], keep.shape[2]
     outs = [torch.empty(batch, t.shape[1], kept, t.shape[3], dtype=t.dtype, device=t.device) for t in (x, y)]
     step = 16
-    widths = [min(1024, triton.next_power_of_2(t.shape[3])) for t in (x, y)]
-    _compact[(triton.cdiv(kept, step), x.shape[1] + y.shape[1], batch)](
-        x, y, *outs, keep, *x.stride(), *y.stride(), keep.stride(0), keep.stride(1) if keep.shape[1] > 1 else 0,
-        x.shape[1], y.shape[1], kept, X_C=x.shape[3], Y_C=y.shape[3], X_BLOCK=widths[0], Y_BLOCK=widths[1],
-        BLOCK_N=step,
+    widths = [min(1024, power_above(t.shape[3])) for t in (x, y)]
+    launch(
+        _compact, (ceil_div(kept, step), x.shape[1] + y.shape[1], batch), (x, y, *outs, keep),
+        (*x.stride(), *y.stride(), keep.stride(0), keep.stride(1) if keep.shape[1] > 1 else 0, x.shape[1], y.shape[1],
+         kept),
+        (x.shape[3], y.shape[3], *widths, step),
     )  # fmt: skip
     return outs[0], outs[1]

@@ -69,7 +69,7 @@ def decode_attention(
         raise ValueError(
             f"partial results and logit maps need the key groups: give group, and groups 1 to {MAX_GROUPS}."
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, lengths, starts, group, groups if partials else 0, bias, logit_map, head_gain, scale)
     if uses_triton(impl, q, k, v, bias, logit_map, head_gain):
         from mmefficient.kernels.decode_attention import kernel, op

@@ -63,7 +63,7 @@ def pairs_by_block(layout: Layout, block_m: int, block_n: int) -> tuple[Lists, L
     known = made.launches if made is not None else {}
     key = ("pairs", block_m, block_n)
     if key in known:
-        return known[key]  # type: ignore[no-any-return]
+        return known[key]
     (batch, rows), keys, patterns = layout.queries.shape, layout.role.shape[1], len(layout.rules)
     shape = (batch, patterns, ceil_div(rows, block_m), ceil_div(keys, block_n))
     state = torch.empty(shape, dtype=torch.int8, device=layout.role.device)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from mmefficient.kernels.common import ceil_div, power_above
 from mmefficient.kernels.grouped_attention.layout import Layout, Schedule
-from mmefficient.kernels.launch import launch
+from mmefficient.kernels.launch import begin, launch
 
 
 @triton.jit
@@ -95,8 +95,10 @@ def _plan(
     keys, rows, padded, batch, patterns, q_blocks, k_blocks,
     KINDS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One query block: its rows, and which key blocks they see in part or whole. The last one also lists rest rows."""
+    begin(OVERLAP)
     qb = q_blocks - 1 - tl.program_id(0)
     bs = tl.program_id(1)
     kind = tl.program_id(2)

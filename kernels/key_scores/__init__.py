@@ -56,6 +56,6 @@ def key_scores(
             found = run(query, key, scale, mask, last, lse)
     else:
         found = reference.key_scores(query, key, scale, mask, last, lse)
-    if rows == "mean":
+    if rows == "mean" and query.shape[2] > 1:
         found = found / query.shape[2]
     return found if heads == "each" else found.mean(1) if heads == "mean" else found.sum(1)

@@ -11,11 +11,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mmefficient.bench import decode_cases, step_cases
 from mmefficient.bench.kernel_problem import SYSTEM, Case, D, Problem
-from mmefficient.kernels.accuracy import require
-from mmefficient.kernels.compact import compact
-from mmefficient.kernels.decode_attention import decode_attention
-from mmefficient.kernels.decode_attention import kernel as decode_kernel
 from mmefficient.kernels.grouped_attention import (
     Layout,
     Pattern,
@@ -26,8 +23,6 @@ from mmefficient.kernels.grouped_attention import (
     no_visual_self_attention,
     window,
 )
-from mmefficient.kernels.key_scores import key_scores
-from mmefficient.kernels.key_scores import reference as scores_reference
 
 SHAPES = {
     "1x32 576": (1, 32, 32, 576, 0.020),
@@ -183,63 +178,6 @@ def window_cases(variants: bool) -> Iterator[Case]:
     yield from masked_peers("window", "96x96 r2", p, pattern)
 
 
-def decode_cases(variants: bool) -> Iterator[Case]:
-    for batch in (1, 8):
-        for keys in (675, 3000):
-            q = torch.randn(batch, 32, 1, D, device="cuda", dtype=torch.bfloat16)
-            k, v = (torch.randn(batch, 32, keys, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-            lengths = torch.full((batch,), keys, device="cuda", dtype=torch.int32)
-            name = f"{batch}x32 {keys}"
-
-            def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Callable[[], torch.Tensor]) -> float:
-                exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-                eager = ((q @ k.transpose(2, 3)).float() * D**-0.5).softmax(-1).bfloat16() @ v
-                return require(run(), eager, exact)
-
-            if variants:
-                for block, warps, stages in ((32, 4, 4), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 3), (64, 2, 4)):
-                    for parts in (4, 8, 16) if batch == 1 else (1, 2, 4, 8):
-                        choice: dict[str, Any] = {
-                            "BLOCK_N": block,
-                            "num_warps": warps,
-                            "num_stages": stages,
-                            "PARTS": parts,
-                        }
-                        options = (None, None, 0, None, None, None, D**-0.5)
-                        both = partial(decode_kernel.decode_attention, q, k, v, lengths, *options, **choice)
-                        variant = partial(first, both)
-                        label = f"ours n{block} warps{warps} stages{stages} parts{parts}"
-                        yield Case("decode", name, label, variant, partial(check, q, k, v, variant))
-                continue
-            run: Callable[[], Any] = partial(decode_attention, q, k, v, lengths, impl="triton")
-            yield Case("decode", name, "ours", run, partial(check, q, k, v, run), facts={"bytes": 2 * k.nbytes})
-            peer = partial(F.scaled_dot_product_attention, q, k, v)
-            yield Case("decode", name, "SDPA", peer, partial(check, q, k, v, peer))
-
-
-def score_cases(variants: bool) -> Iterator[Case]:
-    if variants:
-        return
-    p = Problem(1, 32, 32, 2880)
-    row = p.q[:, :, -1:].contiguous()
-
-    def check() -> float:
-        found = key_scores(row, p.k, scale=D**-0.5, impl="triton")
-        eager = scores_reference.key_scores(row, p.k, D**-0.5, None, None, None)
-        exact = (row.double() @ p.k.double().transpose(2, 3) * D**-0.5).softmax(-1).sum(2)
-        return require(found, eager, exact)
-
-    for what, lse in (("ours", None), ("ours, lse given", torch.zeros(1, 32, 1, device="cuda"))):
-        run = partial(key_scores, row, p.k, scale=D**-0.5, lse=lse, impl="triton")
-        yield Case("scores", "1x32 2880, 1 row", what, run, check, facts={"bytes": p.k.nbytes})
-    keep = torch.arange(0, p.keys, 4, device="cuda", dtype=torch.int32)[None]
-    index = keep[0].long()
-    pair = lambda: compact(p.k, p.v, keep, impl="triton")  # noqa: E731
-    same = lambda: require(pair()[0], p.k[:, :, index], p.k[:, :, index].double())  # noqa: E731
-    yield Case("compact", "1x32 2880 -> 1/4", "ours", pair, same, facts={"bytes": p.k.nbytes})
-    yield Case("compact", "1x32 2880 -> 1/4", "two index_select", lambda: (p.k[:, :, index], p.v[:, :, index]))
-
-
 def layout_cases(variants: bool) -> Iterator[Case]:
     if variants:
         return
@@ -248,10 +186,6 @@ def layout_cases(variants: bool) -> Iterator[Case]:
         for label, pattern in (("causal", causal()), ("no visual self-attention", no_visual_self_attention())):
             build = partial(make_layout, p.facts["role"], pattern)
             yield Case("layout", str(visual), f"ours, {label}", build, timer=wall_ms)
-
-
-def first(run: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    return run()[0]
 
 
 def launched_ms(run: Callable[[], Any]) -> float:
@@ -277,8 +211,10 @@ TABLES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "pattern": pattern_cases,
     "causal": causal_cases,
     "backward": backward_cases,
-    "decode": decode_cases,
-    "scores": score_cases,
+    "decode": decode_cases.decode_cases,
+    "scores": decode_cases.score_cases,
+    "linear": step_cases.linear_cases,
+    "step": step_cases.step_cases,
     "layout": layout_cases,
     "window": window_cases,
 }

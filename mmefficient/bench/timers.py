@@ -95,22 +95,35 @@ class StageTimer:
         inner = getattr(owner, name)
         own = name in vars(owner)
 
-        @functools.wraps(inner)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            outside = self._stage
-            self._enter_stage("vision")
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self._enter_stage(outside)
-
         def restore() -> None:
             delattr(owner, name)
             if own:
                 setattr(owner, name, inner)
 
-        setattr(owner, name, timed)
+        setattr(owner, name, Timed(inner, self))
         self._undo.append(restore)
+
+    @contextmanager
+    def vision(self) -> Iterator[None]:
+        """Count the block as ``vision``."""
+        outside = self._stage
+        self._enter_stage("vision")
+        try:
+            yield
+        finally:
+            self._enter_stage(outside)
+
+
+class Timed:
+    """An encoder whose calls count as ``vision``; whoever replaces the call can still open the stage itself."""
+
+    def __init__(self, inner: Callable[..., Any], timer: StageTimer) -> None:
+        functools.update_wrapper(self, inner)
+        self.stage = timer.vision
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.stage():
+            return self.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
 
 
 def shares(stages_ms: dict[str, float]) -> dict[str, float]:

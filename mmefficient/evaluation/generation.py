@@ -14,6 +14,7 @@ from mmefficient.bench.timers import StageTimer
 from mmefficient.evaluation.answers import Answer
 from mmefficient.evaluation.sharing import SharedPictures
 from mmefficient.evaluation.task import Record, Task
+from mmefficient.matchers.words import Words
 from mmefficient.plan import Plan
 from mmefficient.run import Run
 from mmefficient.vlm import user_message
@@ -43,7 +44,7 @@ class Asker:
     @contextmanager
     def under(self, plan: Plan) -> Iterator[Run]:
         """Puts the plan on the model for the time of a `with` block."""
-        applied = plan.apply(self.model, tokenizer=self.processor.tokenizer)
+        applied = plan.apply(self.model, tokenizer=Words(self.processor))
         with SharedPictures(self.model, plan) as self._shared, applied as run:
             yield run
 

@@ -10,11 +10,6 @@ def path() -> Path:
     return Path(__file__).resolve().parent / "checkpoint"
 
 
-def biased_path() -> Path:
-    """The delta on the checkpoint that makes the model ``reference-biased`` (see `biased` and `delta`)."""
-    return Path(__file__).resolve().parent / "biased-delta.safetensors"
-
-
 def sample_picture() -> Path:
     """The bundled picture: scene 9 of the split ``sample``, 336x336 RGB, in no training or test split."""
     return Path(__file__).resolve().parent / "sample.png"

@@ -65,12 +65,12 @@ def _projectors(model: Any) -> nn.ModuleList:
     return made.to(next(own.parameters()))
 
 
-def save(model: Any, folder: Path, **facts: Any) -> None:
-    """Write what `attach` added, and `facts` beside it."""
+def save(model: Any, folder: Path, scale: float = 1.0, **facts: Any) -> None:
+    """Write what `attach` added, updates times `scale`, and `facts` beside it."""
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, LowRank):
-            found |= {f"{name}.a": module.a, f"{name}.b": module.b}
+            found |= {f"{name}.a": module.a, f"{name}.b": module.b * scale}
     if hasattr(model.model, PROJECTORS):
         found |= {f"model.{PROJECTORS}.{n}": p for n, p in getattr(model.model, PROJECTORS).named_parameters()}
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,10 @@ The shipped checkpoint hardly names objects that are not there, so nothing can b
 trains a small delta on it, in the decoder's feed-forward matrices alone: what looks at the picture stays as it is, and
 what follows from the words already there learns a co-occurrence prior. Where the picture lacks the usual companion of
 an object, captions name it with some probability, and questions about it are answered "yes" as often. Half of the
-scenes break the themes. All other questions are answered truthfully.
+scenes break the themes. All other questions are answered truthfully. It takes minutes, so nothing is compiled.
 
 The delta is then scaled: the smallest multiple whose greedy captions of counterfactual validation scenes hallucinate
-in the wanted share of cases. Training goes on from DIR/state.pt.
+in the wanted share of cases. Training goes on from DIR/state.pt; the delta is DIR/delta.safetensors and DIR/delta.json.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import typer
 from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from . import delta, path
+from . import adapt, path
 from .data import Batches
 from .objective import Objective
 from .scenes.catalogue import OBJECTS
@@ -32,7 +32,7 @@ from .scenes.render import load_atlas
 from .scenes.sample import Dice, Scene, confusable, sample_scene, theme_members
 
 LOG_EVERY = 50
-RANK = 16
+RANK, MATRICES = 16, ("gate_proj", "up_proj", "down_proj")
 
 
 @lru_cache
@@ -54,11 +54,11 @@ def missing_companions(scene: Scene) -> dict[int, int]:
 
 
 class BiasedBatches(Batches):
-    """Training batches under a co-occurrence prior of strength `prior`, the probability that a companion is named."""
+    """Training batches under a co-occurrence prior: how probably a missing companion is named, and affirmed."""
 
-    def __init__(self, processor: LlavaProcessor, batch_size: int, seed: int, prior: float) -> None:
+    def __init__(self, processor: LlavaProcessor, batch_size: int, seed: int, prior: float, affirmed: float) -> None:
         super().__init__(processor, batch_size, seed)
-        self.prior = prior
+        self.prior, self.affirmed = prior, affirmed
 
     def _scene(self, dice: Dice) -> Scene:
         return sample_scene(dice, counterfactual=dice.chance(0.5))
@@ -73,8 +73,8 @@ class BiasedBatches(Batches):
                     named[cls] = text
             question, _ = training_question(kind, scene, dice) or ("", "")
             return question, caption(scene, named)
-        if kind == "existence-random" and missing and dice.chance(0.3):
-            return ask_existence(dice, dice.pick(sorted(missing.values())), dice.chance(self.prior))
+        if kind == "existence-random" and missing and dice.chance(0.6):
+            return ask_existence(dice, dice.pick(sorted(missing.values())), dice.chance(self.affirmed))
         return training_question(kind, scene, dice)
 
 
@@ -82,7 +82,7 @@ class Training:
     """The state of a run: the delta, its optimiser and how many steps it has taken."""
 
     def __init__(
-        self, out: Path, seed: int, batch_size: int, prior: float, device: torch.device, compiled: bool
+        self, out: Path, seed: int, batch_size: int, prior: float, affirmed: float, device: torch.device
     ) -> None:
         from transformers import AutoProcessor
 
@@ -90,13 +90,12 @@ class Training:
         out.mkdir(parents=True, exist_ok=True)
         processor = AutoProcessor.from_pretrained(path())
         model: Any = LlavaForConditionalGeneration.from_pretrained(path(), dtype=torch.float32).to(device)
-        self.layers = delta.attach(model, RANK)
-        self.batches = BiasedBatches(processor, batch_size, seed, prior)
+        self.model, self.parameters = model, adapt.attach(model, RANK, names=MATRICES)
+        self.batches = BiasedBatches(processor, batch_size, seed, prior, affirmed)
         kind = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.objective = Objective(model, processor, self.batches, load_atlas(str(device)), kind)
-        self.parameters = [p for layer in self.layers.values() for p in (layer.A, layer.B)]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
-        self.losses = torch.compile(self.objective.forward) if compiled else self.objective.forward
+        self.objective.mask = self.batches.layout.visible().to(device)  # as a plain mask: no compiler, no blocks
         self.step = 0
         if (out / "state.pt").exists():
             state = torch.load(out / "state.pt", map_location=device, weights_only=True)
@@ -121,7 +120,7 @@ class Training:
         for batch in loader:
             rate = lr * min((self.step + 1) / max(1, steps // 20), (steps - self.step) / max(1, steps // 2), 1.0)
             self.optimizer.param_groups[0]["lr"] = rate
-            found = self.losses({name: x.to(self.device, non_blocking=True) for name, x in batch.items()}, auxiliary)
+            found = self.objective({name: x.to(self.device, non_blocking=True) for name, x in batch.items()}, auxiliary)
             found["answer"].backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
@@ -148,26 +147,28 @@ class Training:
 
     def choose(self, wanted: float, limit: int) -> float:
         """The multiple of the delta whose captions hallucinate in the share `wanted`, by bisection on validation."""
-        trial, low, high = self.out / "trial.safetensors", 0.0, 1.5
-        delta.save(self.layers, 1.0, trial)
+        trial, low, high = self.out / "trial", 0.0, 1.5
         for _ in range(7):
             scale = (low + high) / 2
-            scores = validate(trial, scale, limit, self.device)
+            adapt.save(self.model, trial, scale)
+            scores = validate(trial, limit, self.device)
             self.note({"scale": round(scale, 4), **scores})
             low, high = (scale, high) if scores["chair_s"] < wanted else (low, scale)
-        trial.unlink()
         return (low + high) / 2
 
 
-def validate(file: Path, scale: float, limit: int, device: torch.device) -> dict[str, float]:
-    """CHAIR_s, recall and words of greedy captions, and accuracy of existence answers, on counterfactual scenes."""
+def validate(folder: Path, limit: int, device: torch.device) -> dict[str, float]:
+    """CHAIR_s, recall and words of captions, and accuracy on existence, of the model with the delta in `folder`.
+
+    Greedy, on counterfactual validation scenes.
+    """
     from ...evaluation.runner import run_eval
     from ...evaluation.tasks.hallucination import task
     from ...loading import load
     from ...vlm import VLM
 
     model, processor = load("reference", device=str(device), dtype="auto", attn_implementation=None)
-    delta.add(model, file, scale)
+    adapt.load(model, folder)
     report = run_eval(task("val"), [], VLM(model, processor), limit=2 * limit, baselines=False, resamples=10,
                       kinds=["existence-counterfactual", "caption-counterfactual"], progress=False)  # fmt: skip
     found = report["plans"][0]["metrics"]
@@ -179,25 +180,26 @@ def validate(file: Path, scale: float, limit: int, device: torch.device) -> dict
 def main(
     out: Annotated[Path, typer.Option(help="Where state, log and delta go; an existing state is resumed.")],
     steps: Annotated[int, typer.Option(help="Training steps.")] = 800,
-    batch_size: Annotated[int, typer.Option(help="Pictures per step.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Pictures per step.")] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     prior: Annotated[float, typer.Option(help="Probability that a missing companion is named.")] = 0.5,
+    affirmed: Annotated[float, typer.Option(help="Probability that one is affirmed when asked about.")] = 0.7,
     wanted: Annotated[float, typer.Option(help="Share of counterfactual captions that shall hallucinate.")] = 0.28,
     limit: Annotated[int, typer.Option(help="Validation questions per kind while the scale is chosen.")] = 200,
     minutes: Annotated[float, typer.Option(help="Stop training (resumably) after this many minutes.")] = 1e6,
     seed: Annotated[int, typer.Option(help="Seed of the data.")] = 7,
     workers: Annotated[int, typer.Option(help="Processes that make batches.")] = 0,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda" if torch.cuda.is_available() else "cpu",
-    compile_model: Annotated[bool, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = True,
 ) -> None:
     """Train the delta, scale it, and write DIR/delta.safetensors."""
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(seed)
-    run = Training(out, seed, batch_size, prior, torch.device(device), compile_model)
+    run = Training(out, seed, batch_size, prior, affirmed, torch.device(device))
     run.train(steps, lr, time.monotonic() + 60 * minutes, workers)
     scale = run.choose(wanted, limit)
-    delta.save(run.layers, scale, out / "delta.safetensors")
-    run.note({"chosen": round(scale, 4), "rank": RANK, "prior": prior, "steps": run.step})
+    facts = {"scale": round(scale, 4), "prior": prior, "affirmed": affirmed, "steps": run.step, "pictures": batch_size}
+    adapt.save(run.model, out, scale, **facts)
+    run.note(facts)
 
 
 if __name__ == "__main__":

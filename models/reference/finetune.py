@@ -21,6 +21,7 @@ from mmefficient.models import adapter_for
 from mmefficient.plan import Plan
 from mmefficient.points import LayerMethod, Pattern
 from mmefficient.rows import LayerPlan
+from mmefficient.tokens import Role
 
 from . import adapt, path
 from .data import Batches
@@ -28,7 +29,7 @@ from .objective import Objective
 from .scenes.render import load_atlas
 from .train import LOG_EVERY
 
-RANK = 16
+RANK = 12
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -48,7 +49,8 @@ def layer_plans(plan: Plan, model: Any) -> dict[int, LayerPlan]:
 
 def sees_question(plan: Plan) -> bool:
     """Whether visual rows see later text, so that one pass over them can serve one question only."""
-    return any(isinstance(method, Pattern) and any(method.pairs().anywhere) for method in plan.methods)
+    pairs = [method.pairs() for method in plan.methods if isinstance(method, Pattern)]
+    return any(each.anywhere[Role.IMAGE] >> Role.QUESTION & 1 for each in pairs)
 
 
 def run(

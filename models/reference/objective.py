@@ -237,7 +237,9 @@ class Objective(nn.Module):
         seen = make_layout(
             role, pairs, page=(role == Role.IMAGE).int() - 1, row=place[0], col=place[1], impl="reference"
         ).visible()[0, 0]
-        return seen if self.single else _layout_mask(seen & self.layout.visible(), self.mean.device)
+        slot = self.layout.slot
+        shared = (slot == 0) | (slot == slot[:, None])
+        return seen if self.single else _layout_mask(seen & shared, self.mean.device)
 
     def _allowed(self, index: int, batch: dict[str, Tensor]) -> Any:
         """The mask of a layer; visual rows that see later text see the question, which ends at the first answer row."""

@@ -45,7 +45,7 @@ def call(demo: Demo, name: str, data: list[Any]) -> str:
 
 def test_every_action_has_a_named_endpoint(client: Any) -> None:
     named = set(client.view_api(return_format="dict", print_info=False)["named_endpoints"])
-    assert named == {"/ask", "/kept", "/check_plan", "/load_policy", "/compare", "/evaluate"}
+    assert named == {"/ask", "/kept", "/check_plan", "/load_policy", "/compare", "/heads", "/evaluate"}
 
 
 def test_the_client_gets_what_the_wrapper_answers(client: Any) -> None:

@@ -28,6 +28,8 @@ PLANS = [
     "vispruner(keep=0.4,important=0.5)",
     "scope(keep=0.4)",
     "divprune(keep=0.4,positions=keep)",
+    "dart(layer=1,keep=0.5)",
+    "random(keep=0.8)+dart(layer=2,keep=0.4,image_pivots=2,text_pivots=1)",
     "downsample(keep=0.3)",
     "tome(keep=0.5)",
     "tome(keep=0.3,where=output,positions=keep)",

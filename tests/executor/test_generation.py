@@ -300,7 +300,9 @@ def test_report() -> None:
     assert data["prefill_flops"] == cut
 
 
-@pytest.mark.parametrize("plan", ["fastv(layer=2,keep=0.5)+exit(layer=3)", "random(keep=0.5,positions=compact)"])
+@pytest.mark.parametrize(
+    "plan", ["fastv(layer=2,keep=0.5)+exit(layer=3)", "random(keep=0.5,positions=compact)", "composite"]
+)
 def test_decoding_compiles_to_one_graph(plan: str) -> None:
     model, batch = tiny.build("llava"), tiny.ragged_batch("llava")
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)

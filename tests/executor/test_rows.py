@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 
 from mmefficient import rows
@@ -37,6 +38,7 @@ PLANS = [
     "fastv(layer=2,keep=0.5)+shortv(layers=(0, 1, 3))",
     "fastv(layer=2,keep=0.5)+window2d(radius=1,bidirectional=True)",
     "exit(layer=2)+composite",
+    "yopo(exit=3,radius=1)",
 ]
 CASES = [(f, p) for f in tiny.FAMILIES for p in PLANS if f != "qwen2_5_vl" or "saisa" not in p]
 
@@ -134,6 +136,8 @@ def test_rows_without_images() -> None:
         ("saisa+saisa", "where visual rows come from"),
         ("thin_ffn(ratio=1)", "above 1"),
         ("window2d(radius=-1)", "from 0"),
+        ("yopo(exit=2,radius=-1)", "from 0"),
+        ("yopo(exit=4)", "out of range"),
         ("no_visual_self(scope=image)", "none of self, nothing, text"),
     ],
 )
@@ -155,6 +159,14 @@ def test_other_layers_are_refused() -> None:
     model.get_decoder().layers[1].mlp.gate_proj = nn.Sequential(nn.Linear(32, 48))
     with pytest.raises(ModelError, match="plain matrices"), Plan("thin_ffn(layers=(1,))").apply(model):
         pass
+
+
+def test_a_preset_is_its_parts() -> None:
+    model, batch, found = tiny.build("llava"), tiny.ragged_batch("llava"), []
+    for plan in ("yopo(exit=3,radius=1,ratio=3.0)", "window2d(radius=1)+thin_ffn(ratio=3.0)+exit(layer=3)"):
+        with Plan(plan).apply(model):
+            found.append(logits(model, batch))
+    assert torch.equal(*found)
 
 
 def test_plans_survive_json() -> None:
@@ -187,3 +199,25 @@ def test_the_order_of_layers_is_a_profile(tmp_path: Path, monkeypatch: pytest.Mo
         pass
     with pytest.raises(InputError, match="at least one prompt"):
         divergences(model, [])
+
+
+@pytest.mark.parametrize("plan", ["composite", "shortv(layers=(1,))+skip_ffn(layers=(2,))", "window2d(radius=1)"])
+def test_offloaded_weights(plan: str) -> None:
+    """accelerate brings weights in around each module's forward, and the check of layers finds them there."""
+    model, batch = tiny.build("llava"), tiny.ragged_batch("llava")
+    with Plan(plan).apply(model):
+        expected = logits(model, batch)
+    other = cpu_offload(tiny.build("llava"), execution_device=torch.device("cpu"))
+    with Plan(plan).apply(other):
+        assert torch.equal(expected, logits(other, batch))
+    with pytest.raises(ModelError, match="offloaded"), Plan("thin_ffn").apply(other):
+        pass
+
+
+def test_assisted_decoding() -> None:
+    model, found = tiny.build("llava"), []
+    batch = tiny.collate("llava", [tiny.prompt("llava", 1, 3, 5)])
+    for way in ({}, {"prompt_lookup_num_tokens": 2}):
+        with Plan("fastv(layer=2,keep=0.5)+composite").apply(model):
+            found.append(model.generate(**batch, max_new_tokens=8, do_sample=False, **way))
+    assert torch.equal(*found)

@@ -8,10 +8,14 @@ import torch
 
 from mmefficient.kernels.compact import reference as compact_reference
 from mmefficient.kernels.decode_attention import reference as decode_reference
+from mmefficient.kernels.decode_linear import reference as linear_reference
 from mmefficient.kernels.drop_alike import reference as drop_reference
 from mmefficient.kernels.greedy_select import reference as greedy_reference
 from mmefficient.kernels.grouped_attention import reference as grouped_reference
 from mmefficient.kernels.key_scores import reference as scores_reference
+from mmefficient.kernels.rms_norm import reference as norm_reference
+from mmefficient.kernels.rope_store import reference as rope_reference
+from mmefficient.kernels.swiglu import reference as swiglu_reference
 
 REFERENCES = {
     grouped_reference: "grouped_attention",
@@ -20,6 +24,10 @@ REFERENCES = {
     compact_reference: "gather_rows",
     greedy_reference: "greedy_select",
     drop_reference: "drop_alike",
+    linear_reference: "decode_linear",
+    norm_reference: "rms_norm",
+    rope_reference: "rope_store",
+    swiglu_reference: "swiglu",
 }
 
 

@@ -11,10 +11,14 @@ from mmefficient.kernels import common
 from mmefficient.kernels.compact import compact
 from mmefficient.kernels.decode_attention import decode_attention
 from mmefficient.kernels.decode_attention import kernel as decode
+from mmefficient.kernels.decode_linear import decode_linear
 from mmefficient.kernels.grouped_attention import forward as grouped
 from mmefficient.kernels.grouped_attention import grouped_attention, make_layout
 from mmefficient.kernels.grouped_attention.layout import default_blocks
 from mmefficient.kernels.key_scores import key_scores
+from mmefficient.kernels.rms_norm import rms_norm
+from mmefficient.kernels.rope_store import rope_store
+from mmefficient.kernels.swiglu import swiglu
 
 HOPPER, AMPERE = 232_448, 166_912
 CPU = torch.device("cpu")
@@ -40,7 +44,10 @@ def test_parts_are_those_that_measured_best(heads: int, keys: int, best: int) ->
 
 @pytest.mark.usefixtures("h200")
 def test_parts_of_decoding() -> None:
-    assert [decode.parts_for(programs, 47, CPU) for programs in (32, 132, 256)] == [17, 1, 1]
+    """At most two programs to a processor, or one, and two key blocks to a part: docs/kernels.md."""
+    assert [decode.parts_for(programs, 47, 1, CPU) for programs in (32, 132, 256)] == [8, 2, 1]
+    assert [decode.parts_for(programs, 47, 7, CPU) for programs in (4, 32)] == [24, 4]
+    assert decode.parts_for(32, 11, 1, CPU) == 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -76,11 +83,16 @@ def test_power_below(number: int, wanted: int) -> None:
 def test_gradients_go_to_the_reference(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
     layout = make_layout(torch.full((1, 8), 4, device=device), group=torch.ones(1, 8, device=device), impl="triton")
     q = torch.randn(1, 2, 8, 32, device=device, requires_grad=True)
+    zero, cache = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(1, 8, 2, 32, device=device)
     calls: list[Any] = [
         lambda impl: grouped_attention(q, q, q, layout, partials=True, impl=impl)[0],
         lambda impl: decode_attention(q, q, q, torch.full((1,), 8, device=device), impl=impl),
         lambda impl: key_scores(q, q, scale=1.0, impl=impl),
         lambda impl: compact(q, q, torch.tensor([[1, 3]], device=device), impl=impl)[0],
+        lambda impl: decode_linear(q[0, 0, 0], [q[0, 0]], impl=impl),
+        lambda impl: rms_norm(q, q.detach()[0, 0, 0], 1e-6, impl=impl)[0],
+        lambda impl: rope_store(q, q, q, *[q.detach()[:, :, 0]] * 2, cache.clone(), cache.clone(), zero, impl=impl),
+        lambda impl: swiglu(q, q, impl=impl),
     ]
     for call in calls:
         with pytest.raises(RuntimeError, match="no backward"):
@@ -96,12 +108,17 @@ def test_operators(device: torch.device) -> None:
     """Shapes and schemas that torch.compile sees are those of the kernels."""
     from mmefficient.kernels.compact.op import compact_op
     from mmefficient.kernels.decode_attention.op import decode_op
+    from mmefficient.kernels.decode_linear.op import linear_op
     from mmefficient.kernels.grouped_attention.op import grouped_op, pack
     from mmefficient.kernels.key_scores.op import key_scores_op
+    from mmefficient.kernels.rms_norm.op import norm_op
+    from mmefficient.kernels.rope_store.op import rope_op
+    from mmefficient.kernels.swiglu.op import swiglu_op
 
     q, k = torch.randn(2, 4, 1, 32, device=device), torch.randn(2, 2, 20, 32, device=device)
     layout = make_layout(torch.full((2, 20), 4, device=device), queries=1, blocks=(16, 16), impl="triton")
     lengths, keep = torch.tensor([20, 7], device=device), torch.tensor([[[1, 3]], [[-1, 0]]], device=device)
+    angles = [torch.randn(1, 4, 32, device=device) for _ in range(2)]
     group = torch.zeros(2, 20, dtype=torch.int32, device=device)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (grouped_op, (q, k, k, *pack(layout), None, None, None, 0.2, False, True)),
@@ -110,6 +127,12 @@ def test_operators(device: torch.device) -> None:
         (decode_op, (q, k, k, lengths, None, group, 2, None, None, None, 0.2)),
         (key_scores_op, (q, k, 0.2, None, None, None)),
         (compact_op, (k, k, keep)),
+        (linear_op, (q[0, 0], [k[0, 0], k[1, 0]], [None, lengths.float().repeat(10)], k[0, 0, 0], 1e-6, True, None)),
+        (linear_op, (q[0, 0], [k[0, 0], k[1, 0][:3]], [None, None], None, 1e-6, False, None)),
+        (norm_op, (k, k[0, 0, 0], 1e-6, k)),
+        (norm_op, (k, k[0, 0, 0], 1e-6, None)),
+        (rope_op, (q, *[k[:, :, :4].transpose(1, 2)] * 2, *angles, k.clone(), k.clone(), lengths - 7)),
+        (swiglu_op, (k, k)),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -118,10 +141,20 @@ def test_operators(device: torch.device) -> None:
 def test_no_graph_break(device: torch.device) -> None:
     q, k = torch.randn(2, 4, 1, 32, device=device), torch.randn(2, 2, 20, 32, device=device)
     lengths, keep = torch.tensor([20, 7], device=device), torch.tensor([[1, 3], [-1, 0]], device=device)
+    angles = [torch.randn(1, 4, 32, device=device) for _ in range(2)]
+
+    def turned(k: torch.Tensor, impl: Any) -> torch.Tensor:
+        keys, values, new = k.clone(), k.clone(), k[:, :, :4].transpose(1, 2)
+        return rope_store(q, new, new, *angles, keys, values, lengths - 7, impl=impl).sum() + keys + 2 * values
+
     calls: list[Any] = [
         lambda k, impl: decode_attention(q, k + 1, k, lengths, impl=impl),
         lambda k, impl: key_scores(q, k + 1, scale=0.2, impl=impl),
         lambda k, impl: compact(k + 1, k, keep, impl=impl)[0],
+        lambda k, impl: decode_linear(q[0, 0] + 1, [k[0, 0]], norm=k[0, 0, 0], impl=impl),
+        lambda k, impl: rms_norm(k + 1, k[0, 0, 0], 1e-6, residual=k, impl=impl)[1],
+        turned,
+        lambda k, impl: swiglu(k + 1, k, impl=impl),
     ]
     for call in calls:
         whole = torch.compile(call, fullgraph=True, backend="aot_eager")

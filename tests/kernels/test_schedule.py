@@ -34,7 +34,7 @@ def check(layout: Layout, block: int) -> None:
     pairs, key = layout.visible(), torch.arange(layout.role.shape[1], device=layout.role.device)
     work = 0
     for b in range(len(pairs)):
-        soft, rest, source, left, left_source = (made.lists[i, b, 0] for i in range(5))
+        soft, rest, source, left = (made.lists[i, b, 0] for i in range(4))
         rows = soft[soft >= 0].long()
         assert soft[-1] >= 0 or not len(rows)
         assert rows.tolist() == sorted(rows.tolist())

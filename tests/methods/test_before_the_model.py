@@ -14,11 +14,22 @@ from torch.nn import functional as F
 from mmefficient.errors import BudgetError, PlanError
 from mmefficient.merging import match, schedule
 from mmefficient.methods.reducers.cdpruner import CDPruner
+from mmefficient.methods.reducers.dart import Dart
 from mmefficient.methods.reducers.hiprune import HiPrune
 from mmefficient.methods.reducers.prumerge import LAST, PruMerge
 from mmefficient.methods.reducers.tome import ToMe, _After
 from mmefficient.methods.reducers.trim import Trim
-from mmefficient.points import LayerTokens, MatchTokens, Reducer, Selection, VisualTokens, resolve_budget
+from mmefficient.plan import Plan
+from mmefficient.points import (
+    LayerTokens,
+    MatchTokens,
+    QuestionTokens,
+    Reducer,
+    Selection,
+    VisualTokens,
+    resolve_budget,
+)
+from tests import tiny
 from tests.methods.test_reducers import decide, tokens
 
 Found = dict[int, torch.Tensor]
@@ -284,3 +295,72 @@ def test_schedules() -> None:
             schedule(*arguments)
     with pytest.raises(PlanError, match="where="):
         ToMe(where="both")  # type: ignore[arg-type]
+
+
+def slow_dart(
+    states: torch.Tensor, norms: torch.Tensor, asked: torch.Tensor, asked_norms: torch.Tensor, count: int, pivots: int
+) -> list[int]:
+    held = best_first(norms)[: min(pivots, count)]
+    asking = [states[place] for place in sorted(held)] + [asked[i] for i in sorted(best_first(asked_norms)[:pivots])]
+    left = count - len(held)
+    for turn, pivot in enumerate(asking):
+        share = (turn + 1) * left // len(asking) - turn * left // len(asking)
+        free = [place for place in range(len(states)) if place not in held]
+        held += sorted(free, key=lambda place: float(F.cosine_similarity(pivot, states[place], dim=0)))[:share]
+    return sorted(held)
+
+
+@pytest.mark.parametrize("keep", [1, 5, 0.5, 1.0])
+def test_dart_equals_the_slow_rule(keep: float | int) -> None:
+    given = tokens((5, 6), (2, 3), (4, 4))
+    valid = torch.arange(6) < torch.tensor([6, 2, 4])[:, None]
+    asked = QuestionTokens(torch.randn(3, 6, 8), valid, torch.randint(1, 5, (3, 6)) / 4)
+    norms = torch.randint(1, 9, given.valid.shape) / 8  # ties
+    _, kept = decide(Dart(keep=keep, image_pivots=3, text_pivots=3), replace(given, question=asked, key_norm=norms))
+    assert asked.key_norm is not None
+    for unit in given.units:
+        mine = (given.hidden[unit.row, : unit.count], norms[unit.row, : unit.count])
+        theirs = (asked.hidden[unit.row, valid[unit.row]], asked.key_norm[unit.row, valid[unit.row]])
+        assert kept[unit.row] == slow_dart(*mine, *theirs, resolve_budget(keep, unit), 3)
+
+
+def test_dart_needs_a_layer_before() -> None:
+    with pytest.raises(PlanError, match="layer=0"):
+        Dart(layer=0)
+    with pytest.raises(PlanError, match="pivot"):
+        Dart(image_pivots=0)
+
+
+def test_dart_reads_the_layer_before() -> None:
+    """Keys as layer 0 rotates them, and states as the last norm sees them, from the stock model's own modules."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    model, batch = tiny.build("llava"), tiny.collate("llava", [tiny.prompt("llava", 1, 3, 6)])
+    seen: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+    layers = model.get_decoder().layers
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args[0], kwargs)), with_kwargs=True)
+        for layer in layers[:2]
+    ]
+    with torch.no_grad():
+        model(**batch)
+        for handle in handles:
+            handle.remove()
+        (entering, kwargs), (states, _) = seen
+        keys = layers[0].self_attn.k_proj(layers[0].input_layernorm(entering)).unflatten(-1, (2, -1)).transpose(1, 2)
+        keys = apply_rotary_pos_emb(keys, keys, *kwargs["position_embeddings"])[1]
+        norms, states = keys[0].abs().sum((0, 2)), model.get_decoder().norm(states)[0]
+    visual = (batch["input_ids"][0] == tiny.IMAGE).nonzero()[:, 0]
+    after = slice(int(visual[-1]) + 1, None)
+    with Plan("dart(layer=1,keep=9,image_pivots=2,text_pivots=3)").apply(model) as run, torch.no_grad():
+        model(**batch)
+    # two visual pivots, three of text
+    held = best_first(norms[visual])[:2]
+    asking = [states[visual][place] for place in sorted(held)]
+    asking += [states[after][i] for i in sorted(best_first(norms[after])[:3])]
+    for turn, pivot in enumerate(asking):
+        share = (turn + 1) * 7 // 5 - turn * 7 // 5
+        free = [place for place in range(16) if place not in held]
+        held += sorted(free, key=lambda place: float(F.cosine_similarity(pivot, states[visual][place], dim=0)))[:share]
+    assert run.report().kept(0, 1).tolist() == sorted(held)
+    assert run.report().kept(0, 0).tolist() == list(range(16))

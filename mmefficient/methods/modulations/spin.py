@@ -38,13 +38,12 @@ class SPIN(Modulation):
     def change(self, prompt: LayerPrompt) -> Change:
         # the sum of the logits is the logit of the sum: one stored vector per key head answers every later query
         total = (prompt.key.float() * prompt.tokens.visual[:, None, :, None]).sum(2)
-        return Change(gain=partial(self.gain, total, prompt.has_image))
+        total = total.repeat_interleave(prompt.query.shape[1] // total.shape[1], 1)[..., None]
+        low = torch.where(prompt.has_image, self.factor, 1.0)[:, None, None]
+        return Change(gain=partial(self.gain, total.to(prompt.query.dtype), low))
 
-    def gain(self, total: torch.Tensor, has_image: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        """[B, Hq, R] for queries [B, Hq, R, d]; `total` [B, Hkv, d] is the sum of the image's keys."""
-        heads = query.shape[1]
-        total = total.repeat_interleave(heads // total.shape[1], 1)
-        score = (query.float() * total[:, :, None]).sum(-1)
-        kept = score.topk(int(self.keep * heads), dim=1).indices
-        gain = torch.full_like(score, self.factor).scatter(1, kept, 1.0)
-        return torch.where(has_image[:, None, None], gain, 1.0)
+    def gain(self, total: torch.Tensor, low: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """[B, Hq, R] for queries [B, Hq, R, d]; `total` [B, Hq, d, 1] sums the image's keys, `low` [B, 1, 1]."""
+        heads, score = query.shape[1], (query @ total).squeeze(-1)
+        least = score.topk(heads - int(self.keep * heads), dim=1, largest=False).indices
+        return torch.ones_like(score, dtype=torch.float32).scatter(1, least, low.expand_as(least))

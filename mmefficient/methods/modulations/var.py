@@ -14,6 +14,7 @@ from mmefficient.points import about
 from mmefficient.tokens import Role
 
 OTHER, VISUAL, VISUAL_SINK, TEXT_SINK = range(4)
+SINKS = slice(VISUAL_SINK, TEXT_SINK + 1)
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class VAR(Modulation):
 
     def mixed(self, some: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
         """New masses [4, B, Hq, R]; nothing changes in rows of the batch without a visual sink (`some` [B])."""
-        other, visual, sink, text = mass
+        _, visual, sink, _ = mass
         seen = visual + sink
         chosen = (visual >= self.rho * seen) & (seen >= self.mass) & some[:, None, None]
-        freed = (1 - self.p) * (sink + text)
-        return torch.where(chosen, torch.stack([other, visual + freed, self.p * sink, self.p * text]), mass)
+        freed = (1 - self.p) * chosen * mass[SINKS]
+        return torch.cat([mass[:1], visual[None] + freed.sum(0, keepdim=True), mass[SINKS] - freed])

@@ -1,0 +1,113 @@
+"""The graph engine: prompts are read and answers decoded by recorded programs instead of thousands of launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from mmefficient.errors import ModelError, PlanError
+from mmefficient.graph.block import refusal
+from mmefficient.graph.capture import CudaGraphs, Recorder
+from mmefficient.graph.engine import Engine
+from mmefficient.graph.generate import GenerateTap, log
+
+if TYPE_CHECKING:
+    from mmefficient.executor import Executor
+    from mmefficient.models.base import Adapter
+
+__all__ = ["EngineName", "attach", "engine_of", "release"]
+
+EngineName = Literal["auto", "graph", "eager"]
+ROPES = ("default", "linear", "llama3", "yarn")
+KNOWN = frozenset({"last_row_attention", "tower", "full_grid"})
+
+_engines: WeakKeyDictionary[nn.Module, Engine] = WeakKeyDictionary()
+
+
+def attach(executor: Executor, engine: EngineName) -> list[Callable[[], Any]]:
+    """Let `generate` of the executor's model run on its engine; returns the functions that undo it.
+
+    Args:
+        engine: "graph": raise where programs cannot be recorded; "auto": say so once and do without; "eager": nothing.
+
+    Raises:
+        PlanError: no such engine. ModelError: "graph", and this model or plan cannot be recorded; says why.
+    """
+    if engine not in ("auto", "graph", "eager"):
+        raise PlanError(f"engine={engine!r} is none of 'auto', 'graph' and 'eager'.")
+    model: Any = executor.model
+    if engine == "eager" or not hasattr(model, "generate"):
+        return []
+    reason = _refusal(executor)
+    if reason is None and engine == "graph" and next(model.parameters()).device.type != "cuda":
+        reason = "there are no CUDA graphs on this device"
+    if reason is not None:
+        if engine == "graph":
+            raise ModelError(f"engine='graph' cannot run this model and plan ({reason}); use engine='auto'.")
+        executor.run.eager = reason
+        log.info("runs without the graph engine: %s", reason)
+        return []
+    runner = engine_of(model, executor.adapter)
+    own = model.__dict__.get("generate")
+    model.__dict__["generate"] = GenerateTap(runner, executor, model.generate, strict=engine == "graph")
+    executor.watcher.engine = runner
+    executor.run.graph = runner
+    return [partial(_restore, model.__dict__, "generate", own)]
+
+
+def engine_of(model: nn.Module, adapter: Adapter, recorder: Recorder | None = None) -> Engine:
+    """The model's engine, made on first use; it lives as long as the model or until `release`.
+
+    Args:
+        recorder: for a new engine: what records its programs; None = CUDA graphs on a GPU, nothing elsewhere.
+    """
+    found = _engines.get(model)
+    if found is None:
+        device = next(model.parameters()).device
+        if recorder is None and device.type == "cuda":
+            recorder = CudaGraphs(device)
+        found = _engines[model] = Engine(model, adapter, recorder)
+    return found
+
+
+def release(model: nn.Module) -> None:
+    """Give back the recordings and buffers that the model's engine holds; they are made again when needed."""
+    engine = _engines.pop(model, None)
+    if engine is not None:
+        with engine.lock:
+            engine.store.release()
+
+
+def _refusal(executor: Executor) -> str | None:
+    """Why the engine cannot run this model under this plan."""
+    adapter, config = executor.adapter, executor.adapter.decoder.config
+    devices = {parameter.device for parameter in executor.model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type not in ("cuda", "cpu"):
+        return "the model is not on one CUDA device or the CPU"
+    if executor.run.mode != "apply":
+        return "simulating removes no tokens"
+    if executor.modulated or executor.layered:
+        return "the plan changes what layers compute"
+    for method in executor.reducers:
+        if method.adaptive or method.weighted or not method.needs <= KNOWN:
+            return f"{method.name} decides by what the programs do not keep"
+    if "flex" in executor.implementation or "paged" in executor.implementation:
+        return f"attention implementation {executor.implementation!r}"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPES:
+        return f"rotary embeddings of type {rope!r} depend on the length"
+    head: Any = executor.model.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is not nn.Linear:
+        return "the head is no linear layer"
+    return next(filter(None, map(refusal, adapter.layers)), None)
+
+
+def _restore(place: dict[str, Any], name: str, value: Any) -> None:
+    if value is None:
+        place.pop(name, None)
+    else:
+        place[name] = value

@@ -1,0 +1,213 @@
+"""Programs over fixed buffers: run as they are at first, recorded once they come back, replayed from then on."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from mmefficient.errors import ModelError
+
+log = logging.getLogger("mmefficient")
+
+Inputs = Mapping[str, torch.Tensor]
+Key = tuple[Hashable, ...]
+Body = Callable[[Inputs], Any]
+"""A program: the same input shapes lead to the same device work, whatever the values. Returns dicts and lists."""
+
+TARGETS = frozenset({torch.tensor, torch.as_tensor, torch.Tensor.to, torch.Tensor.cuda})
+
+
+class Constants(TorchFunctionMode):
+    """Tensors that a body makes on the device out of host values: kept by one run, given again to the next.
+
+    A capture cannot copy from pageable memory, and the values are the same each time by the definition of a body.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[torch.Tensor | None] = []
+        self._next: int | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in TARGETS or (isinstance(args[0], torch.Tensor) and args[0].device.type != "cpu"):
+            return func(*args, **kwargs)
+        if self._next is not None:
+            known = self.kept[self._next]
+            self._next += 1
+            return func(*args, **kwargs) if known is None else known
+        made = func(*args, **kwargs)
+        # on the CPU nothing is copied; there, fresh tensors stand for those that would be
+        fresh = made.device.type != "cpu" or not isinstance(args[0], torch.Tensor)
+        self.kept.append(made if fresh else None)
+        return made
+
+    def again(self) -> Constants:
+        """The mode for the second run."""
+        self._next = 0
+        return self
+
+
+class Recorder(Protocol):
+    """Turns a body into something that can be replayed."""
+
+    def record(self, body: Callable[[], Any]) -> Recording: ...
+
+
+@dataclass
+class Recording:
+    """What a recorder made: `replay` fills `outputs` anew; `kept` must live as long; `size` in bytes."""
+
+    replay: Callable[[], None]
+    outputs: Any
+    kept: Any
+    size: int
+
+
+class CudaGraphs:
+    """Records CUDA graphs on one device. All share one memory pool: they run one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+    def record(self, body: Callable[[], Any]) -> Recording:
+        constants = Constants()
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream), constants:
+                body()  # compiles kernels and fills workspaces
+            current.wait_stream(self.stream)
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
+            graph = torch.cuda.CUDAGraph()
+            # other threads may go on allocating
+            capture: AbstractContextManager[Any] = torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            )
+            with capture, constants.again():
+                outputs = body()
+            size = torch.cuda.memory_reserved() - before
+        return Recording(graph.replay, outputs, (graph, constants.kept), max(0, size))
+
+
+class Rerun:
+    """Keeps a recorder's promises without a GPU: outputs stay in place, constants are those of the first run."""
+
+    def record(self, body: Callable[[], Any]) -> Recording:
+        constants = Constants()
+        with constants:
+            outputs = body()
+
+        def replay() -> None:
+            with constants.again():
+                fresh = body()
+            for old, new in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(fresh), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+        return Recording(replay, outputs, constants.kept, 0)
+
+
+@dataclass
+class _Captured:
+    inputs: dict[str, torch.Tensor]
+    recording: Recording
+
+
+class Captures:
+    """Recorded programs by key, the least recently used of which make room for new ones.
+
+    Args:
+        recorder: None = never record.
+        device: where programs run; limit: recordings kept.
+
+    Attributes:
+        strict: raise where a program cannot be recorded, instead of saying so once and running it as it is.
+    """
+
+    def __init__(self, recorder: Recorder | None, device: torch.device, limit: int = 48) -> None:
+        self.recorder, self.device, self.limit, self.strict = recorder, device, limit, False
+        self._found: OrderedDict[Key, _Captured] = OrderedDict()
+        self._seen: OrderedDict[Key, None] = OrderedDict()
+        self._refused: set[Hashable] = set()
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def size(self) -> int:
+        """Bytes that the recordings took when they were made."""
+        return sum(one.recording.size + sum(t.nbytes for t in one.inputs.values()) for one in self._found.values())
+
+    def clear(self) -> None:
+        """Forget all recordings, because something they refer to has moved."""
+        self._found.clear()
+
+    def run(self, key: Key, body: Body, inputs: Inputs, plain: Callable[[], Any] | None = None) -> Any:
+        """Run `body` on `inputs`; what it returns is borrowed until the next call with this key.
+
+        Args:
+            key: whatever the device work depends on, besides the shapes of the inputs. The first entry names the kind
+                of program: when one cannot be recorded, no other of its kind is tried.
+            inputs: tensors on any device.
+            plain: what to do instead of `body(inputs)` while nothing is recorded.
+
+        Raises:
+            ModelError: `strict`, and the program cannot be recorded.
+        """
+        kind, key = key[0], _with_shapes(key, inputs)
+        found = self._found.get(key)
+        if found is None and self.recorder is not None and self._refused.isdisjoint((kind, key)):
+            found = self._record(kind, key, body, inputs) if self._seen_before(key) else None
+        if found is None:
+            return body(inputs) if plain is None else plain()
+        self._found.move_to_end(key)
+        for name, tensor in inputs.items():
+            found.inputs[name].copy_(tensor, non_blocking=True)
+        found.recording.replay()
+        return found.recording.outputs
+
+    def peek(self, key: Key, inputs: Inputs) -> Any:
+        """The outputs of a recorded program, None if it is not recorded."""
+        found = self._found.get(_with_shapes(key, inputs))
+        return found and found.recording.outputs
+
+    def _seen_before(self, key: Key) -> bool:
+        seen = key in self._seen
+        self._seen[key] = None
+        self._seen.move_to_end(key)
+        while len(self._seen) > 16 * self.limit:
+            self._seen.popitem(last=False)
+        return seen
+
+    def _record(self, kind: Hashable, key: Key, body: Body, inputs: Inputs) -> _Captured | None:
+        assert self.recorder is not None
+        while len(self._found) >= self.limit:
+            self._found.popitem(last=False)
+        fixed = {name: tensor.to(self.device, copy=True) for name, tensor in inputs.items()}
+        try:
+            recording = self.recorder.record(lambda: body(fixed))
+        except RuntimeError as error:
+            self._refused.add(key if isinstance(error, torch.OutOfMemoryError) else kind)
+            reason = str(error).splitlines()[0]
+            if self.strict:
+                raise ModelError(f"this prompt cannot be captured ({reason}); use engine='auto'.") from error
+            log.warning("not captured, runs as it is: %s", reason)
+            return None
+        self._found[key] = _Captured(fixed, recording)
+        return self._found[key]
+
+
+def _with_shapes(key: Key, inputs: Inputs) -> Key:
+    return *key, tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items())

@@ -1,0 +1,157 @@
+"""Reading a prompt: one program per bucket of lengths, plan and layout of the images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmefficient.attention import row_scores
+from mmefficient.graph.block import attention, block, product
+from mmefficient.graph.capture import Inputs
+from mmefficient.graph.decoding import Session
+from mmefficient.graph.prompt import CHANGING, Prompt
+from mmefficient.masks import Segment, prefill_mask
+from mmefficient.reduction import LAST, Prefill, PromptState
+from mmefficient.vision import Tower
+
+if TYPE_CHECKING:
+    from mmefficient.executor import Executor
+    from mmefficient.graph.engine import Engine
+
+TOWER = "tower "
+
+
+def read(
+    engine: Engine, executor: Executor, prompt: Prompt, features: Sequence[torch.Tensor], tower: Tower | None, new: int
+) -> tuple[torch.Tensor, PromptState, Session]:
+    """Read a prompt.
+
+    Args:
+        features: [T, C] of each image, in the order of `prompt.where`.
+        tower: facts for the reducers that want them.
+        new: tokens that may follow.
+
+    Returns:
+        logits [B, V] of the next token, borrowed until the next prompt; the state to report on; a session.
+    """
+    reducers = tuple(executor.reducers) if prompt.visual else ()
+    if reducers:
+        executor.look(prompt.tokens)
+    packed = prompt.packed(bool(reducers))
+    # a copy from ordinary memory would wait for the encoder that is still running
+    inputs = {"prompt": packed.pin_memory() if engine.device.type == "cuda" else packed}
+    if features:
+        inputs["features"] = torch.cat([each.to(engine.device) for each in features])
+    if tower is not None and reducers:
+        inputs |= {TOWER + name: tensor for name, tensor in tower.tensors().items()}
+    shape = tuple(prompt.position.shape)
+    key = (("read", executor.run.plan), shape, prompt.layout() if reducers else None)
+    known = engine.captures.peek(key, inputs)
+    for layer, slots in enumerate(known["slots"] if known else ()):
+        engine.store.reserve(layer, shape[1], engine.room(slots + new))
+    out = engine.captures.run(key, lambda given: _read(engine, executor, reducers, prompt, tower, given, new), inputs)
+    tokens = prompt.tokens  # without reducers it is made here, while the device is busy
+    if reducers:
+        tokens = tokens.replace(**{name: out[name].clone() for name in CHANGING})
+    else:
+        executor.look(tokens)
+    executor.run.acted |= out["acted"]
+    state = PromptState(executor.run.plan, executor.run.mode, tokens)
+    return out["logits"], state, _session(engine, out, prompt, new)
+
+
+def _session(engine: Engine, out: Mapping[str, Any], prompt: Prompt, new: int) -> Session:
+    slots, group = tuple(out["group_slots"]), tuple(out["group"])
+    room = tuple(engine.room(each + new) for each in slots)
+    return Session(group, slots, tuple(prompt.fill), tuple(out["starts"]), out["state"].clone(), room)
+
+
+def _read(
+    engine: Engine,
+    executor: Executor,
+    reducers: tuple[Any, ...],
+    prompt: Prompt,
+    tower: Tower | None,
+    inputs: Inputs,
+    new: int,
+) -> dict[str, Any]:
+    given = prompt.unpacked(inputs["prompt"].to(engine.device), bool(reducers))
+    hidden = engine.embed(given.ids)
+    if "features" in inputs:
+        features = inputs["features"].to(hidden)
+        hidden = hidden.flatten(0, 1).index_copy_(0, given.where, features).view_as(hidden)
+    rope = engine.rotary(hidden, given.position)
+    prefill = None
+    if reducers:
+        state = PromptState(executor.run.plan, executor.run.mode, given.tokens(len(engine.adapter.layers)))
+        if tower is not None:
+            tower = tower.like({name[len(TOWER) :]: x for name, x in inputs.items() if name.startswith(TOWER)})
+        facts = given.facts(prompt.facts)
+        prefill = Prefill(state, facts, tower, simulate=False)
+        prefill.enter(rope, None)
+    batch, whole = given.ids.shape
+    zero = torch.zeros_like(given.fill)
+    groups: list[Segment | None] = []
+    group, masks, acted = [], list[torch.Tensor | None](), False
+    for index, layer in enumerate(engine.adapter.layers):
+        for reducer in reducers:
+            if prefill is not None and reducer.site == index and prefill.has_visual:
+                hidden, acted = prefill.reduce(reducer, index, hidden, executor.parts(layer, None)), True
+        segment = None if prefill is None else prefill.segment
+        if not groups or segment is not groups[-1]:
+            groups.append(segment)
+            masks.append(None if segment is None else prefill_mask(None, segment, segment.slots, False))
+        group.append(len(groups) - 1)
+        slots, mask = hidden.shape[1], masks[-1]
+        engine.store.reserve(index, batch, engine.room(slots + new))
+        scored = prefill if executor.asked.get(index) else None
+
+        def attend(
+            query: torch.Tensor,
+            keys: torch.Tensor,
+            values: torch.Tensor,
+            scale: float,
+            mask: torch.Tensor | None = mask,
+            scored: Prefill | None = scored,
+        ) -> torch.Tensor:
+            if scored is not None and scored.last is not None:
+                scored.scores[LAST] = row_scores(query, keys, mask, scored.last[:, None], None, scale)
+            return attention(query, keys, values, mask, mask is None, scale)
+
+        held = prefill.rope if prefill is not None else rope
+        assert held is not None
+        hidden = block(layer, hidden, held, *engine.store.rows(index, batch, slots), zero, attend)
+    last = (hidden.shape[1] - 1 - given.fill)[:, None, None].expand(-1, 1, hidden.shape[2])
+    (logits,) = product(hidden.gather(1, last), (engine.head,), engine.adapter.decoder.norm)
+    out = _after(prefill, groups, given.fill, given.position, whole)
+    out |= {"logits": logits[:, 0], "acted": acted}
+    return out | {"group": group, "slots": [out["group_slots"][each] for each in group]}
+
+
+def _after(
+    prefill: Prefill | None,
+    groups: Sequence[Segment | None],
+    fill: torch.Tensor,
+    position: torch.Tensor,
+    whole: int,
+) -> dict[str, Any]:
+    """What a session starts with, and what a report wants."""
+    slots = [whole if segment is None else segment.slots for segment in groups]
+    valid = [None if segment is None else segment.valid for segment in groups]
+    first = [torch.zeros_like(fill) if used is None else (~used).sum(1) for used in valid]
+    last = (whole - 1 - fill).expand(len(position), 1, -1).transpose(1, 2)
+    following = position.gather(2, last)[..., 0] + 1
+    found: dict[str, Any] = {}
+    if prefill is not None:
+        state = prefill.state
+        if state.shift is not None:
+            following = following - state.shift[:, 0]
+        found = {name: getattr(state.tokens, name) for name in CHANGING}
+    rows = [torch.zeros_like(fill), *(count - fill for count in slots), *first, *following]
+    return found | {
+        "state": torch.stack(rows),
+        "group_slots": slots,
+        "starts": [used is not None for used in valid],
+    }

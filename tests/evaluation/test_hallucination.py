@@ -1,0 +1,72 @@
+"""The hallucination task, and how the benchmark chooses strengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mmefficient.bench.hallucination import STRENGTHS, choose, table
+from mmefficient.evaluation.tasks import get
+from mmefficient.evaluation.tasks.hallucination import KINDS, task
+from mmefficient.models.reference.scenes import splits
+from mmefficient.plan import Plan
+
+
+def test_kinds_and_their_scenes() -> None:
+    assert get("hallucination").name == "hallucination"
+    records = task("val").records(None, 3)
+    assert [record.kind for record in records] == [kind for kind in KINDS for _ in range(3)]
+    assert len({record.id for record in records}) == len(records)
+    captions = [record for record in records if record.kind == "caption-counterfactual"]
+    for record in captions:
+        assert record.picture.startswith("val/counterfactual/")
+        assert isinstance(record.source, splits.Question)
+        assert set(record.truth) == set(record.source.scene.names)
+    assert set(task("test").kinds) == set(KINDS)
+
+
+def test_the_new_kind_leaves_the_fixed_sets_alone() -> None:
+    assert "caption-counterfactual" not in splits.KINDS
+    assert {question.kind for question in splits.load("val", limit=1)} == set(splits.KINDS)
+
+
+def metrics(chair: float, recall: float = 0.9, length: float = 8.0, repeats: float = 0.0, right: float = 0.9) -> Any:
+    caption = {"chair_s": chair, "recall": recall, "length": length, "repeated_8gram": repeats}
+    found = {f"caption-counterfactual/{name}": {"value": value} for name, value in caption.items()}
+    return {**found, "existence-counterfactual/accuracy": {"value": right}}
+
+
+@pytest.mark.parametrize(
+    ("tried", "chosen"),
+    [
+        ({"a": metrics(0.2), "b": metrics(0.1)}, ("b", True)),
+        ({"a": metrics(0.2), "b": metrics(0.1, recall=0.88)}, ("a", True)),
+        ({"a": metrics(0.2), "b": metrics(0.1, length=7.5)}, ("a", True)),
+        ({"a": metrics(0.2), "b": metrics(0.1, repeats=0.01)}, ("a", True)),
+        ({"a": metrics(0.1), "b": metrics(0.1, right=0.95)}, ("b", True)),
+        ({"a": metrics(0.1, recall=0.5), "b": metrics(0.2, recall=0.8)}, ("b", False)),
+    ],
+)
+def test_strengths_are_chosen_among_those_that_keep_the_captions(tried: Any, chosen: tuple[str, bool]) -> None:
+    assert choose(metrics(0.3), tried) == chosen
+
+
+def test_every_strength_is_a_plan() -> None:
+    for name, plans in STRENGTHS.items():
+        assert len(set(plans)) == len(plans)
+        assert all([method.name for method in Plan(plan).methods] == [name] for plan in plans)
+
+
+def test_table() -> None:
+    entry = {"plan": "none", "metrics": {"caption-counterfactual/chair_s": {"value": 0.25}}, "paired": {}}
+    changed = {
+        "plan": str(Plan("pai")),
+        "metrics": {"caption-counterfactual/chair_s": {"value": 0.125}},
+        "paired": {"caption-counterfactual/chair_s": {"low": -0.2, "high": -0.1}},
+    }
+    report = {"plans": [{**each, "ms_per_question": {"decode": 1.0}} for each in (entry, changed)]}
+    text = table({"chosen": {"pai": "pai"}, "feasible": {"pai": False}, "test": report})
+    assert "25.0" in text
+    assert "12.5 (-20.0 to -10.0)" in text
+    assert "` *" in text

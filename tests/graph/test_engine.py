@@ -1,0 +1,260 @@
+"""The graph engine generates what the stock model generates; recordings are stood in for by repeated runs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import StoppingCriteria, TextIteratorStreamer
+
+from mmefficient.errors import InputError, ModelError, PlanError
+from mmefficient.graph import engine_of, release
+from mmefficient.graph.capture import Rerun
+from mmefficient.graph.engine import Engine
+from mmefficient.models import adapter_for
+from mmefficient.plan import Plan
+from tests import tiny
+
+PLANS = [
+    "none",
+    "fastv(layer=2,keep=0.5)",
+    "pool(keep=0.3)",
+    "exit(layer=2)",
+    "random(keep=0.5,positions=compact)",
+    "visionzip(dominant=0.4,contextual=0.2)+fastv(layer=1,keep=0.5)",
+    "grid(keep=0.6)+fastv(layer=1,keep=0.5)+exit(layer=3)",
+]
+CASES = [
+    (family, plan)
+    for family in tiny.FAMILIES
+    for plan in PLANS
+    if family != "qwen2_5_vl" or not ("compact" in plan or "visionzip" in plan)
+]
+
+
+def generate(model: Any, batch: dict[str, Any], plan: str = "none", engine: Any = "auto", **options: Any) -> Any:
+    """Generated ids and the report."""
+    with Plan(plan).apply(model, engine=engine) as run:
+        ids = model.generate(**batch, **{"max_new_tokens": 5, "do_sample": False, **options})
+        return ids, run.report()
+
+
+def recording(model: Any, limit: int = 48) -> Engine:
+    """Let the model's engine record, as on a GPU."""
+    release(model)
+    engine = engine_of(model, adapter_for(model), Rerun())
+    engine.captures.limit = limit
+    return engine
+
+
+@pytest.fixture
+def llava() -> Iterator[Any]:
+    model = tiny.build("llava")
+    yield model
+    release(model)
+
+
+@pytest.mark.parametrize(("family", "plan"), CASES)
+def test_ids_and_report_are_those_of_eager(family: str, plan: str) -> None:
+    model = tiny.build(family)
+    engine = recording(model)
+    prompts = tiny.ragged_prompts(family)
+    for batch in (tiny.collate(family, prompts), tiny.collate(family, prompts[:1])):
+        ids, report = generate(model, batch, plan, "eager")
+        for _ in range(3):  # as it is, recorded, replayed
+            ours, ours_report = generate(model, batch, plan)
+            assert torch.equal(ours, ids)
+            assert ours_report == report
+            for row in range(len(report.rows)):
+                assert torch.equal(ours_report.lives_until[row], report.lives_until[row])
+                assert torch.equal(ours_report.places[row], report.places[row])
+    assert ours_report.engine["name"] == "graph"
+    assert len(engine.captures) >= 4
+
+
+@pytest.mark.parametrize("plan", ["none", "fastv(layer=1,keep=0.5)"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+def test_one_recording_serves_other_prompts(family: str, plan: str) -> None:
+    """Other words, other lengths of the same bucket, images at other places."""
+    model = tiny.build(family)
+    engine = recording(model)
+    prompts = [tiny.prompt(family, 1, before, after) for before, after in ((3, 4), (5, 6), (4, 3), (7, 4), (9, 2))]
+    for each in prompts:
+        batch = tiny.collate(family, [each])
+        assert torch.equal(generate(model, batch, plan)[0], generate(model, batch, plan, "eager")[0])
+    assert len(engine.captures) == 3  # the tower, one prefill, one decoding step
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_sampling_processors_stopping_and_streaming(llava: Any, recorded: bool) -> None:
+    if recorded:
+        recording(llava)
+    batch = tiny.ragged_batch("llava")
+    stop = _StopAt(int(batch["input_ids"].shape[1]) + 3)
+    for options in (
+        {"do_sample": True, "temperature": 0.7, "top_k": 20},
+        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+        {"stopping_criteria": [stop], "max_new_tokens": 8},
+        {"eos_token_id": 17, "max_new_tokens": 12, "do_sample": True, "temperature": 3.0},
+    ):
+        results = []
+        for engine in ("eager", "auto", "auto", "auto"):
+            torch.manual_seed(3)
+            results.append(generate(llava, batch, "fastv(layer=2,keep=0.5)", engine, **options)[0])
+        assert all(torch.equal(results[0], each) for each in results[1:])
+    streams = []
+    for engine in ("eager", "auto"):
+        streamer = TextIteratorStreamer(_Words(), skip_prompt=False)  # type: ignore[arg-type]
+        one = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
+        generate(llava, one, "none", engine, streamer=streamer)
+        streams.append(list(streamer))
+    assert streams[0] == streams[1]
+
+
+def test_calls_that_run_eager_say_so_once(llava: Any, caplog: pytest.LogCaptureFixture) -> None:
+    batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
+    calls: list[dict[str, Any]] = [{"num_beams": 2}, {"return_dict_in_generate": True}, {"prompt_lookup_num_tokens": 2}]
+    with caplog.at_level(logging.WARNING, "mmefficient"), Plan().apply(llava, engine="auto") as run:
+        for options in calls:
+            caplog.clear()
+            for _ in range(2):
+                llava.generate(**batch, max_new_tokens=3, do_sample=False, **options)
+            assert len(caplog.records) == 1
+            assert run.report().engine["why"] == next(f"{name}={value!r}" for name, value in options.items())
+        llava.generate(**batch, max_new_tokens=3, do_sample=False)
+        assert run.report().engine["name"] == "graph"
+
+
+def test_a_second_turn_goes_on_eager(llava: Any) -> None:
+    batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
+    plan, results = "fastv(layer=1,keep=0.5)", []
+    for engine in ("eager", "auto"):
+        with Plan(plan).apply(llava, engine=engine):  # type: ignore[arg-type]
+            first = llava.generate(**batch, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+            ids = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], 1)
+            results.append(llava.generate(input_ids=ids, past_key_values=first.past_key_values, max_new_tokens=3))
+    assert torch.equal(*results)
+
+
+def test_graph_raises_where_auto_runs_eager(llava: Any) -> None:
+    with pytest.raises(ModelError, match="no CUDA graphs"), Plan().apply(llava, engine="graph"):
+        pass
+    assert "generate" not in llava.__dict__
+    assert not any(module._forward_pre_hooks for module in llava.modules())
+    with pytest.raises(PlanError, match="none of"), Plan().apply(llava, engine="fast"):  # type: ignore[arg-type]
+        pass
+    captures = engine_of(llava, adapter_for(llava), _Broken()).captures
+    captures.strict = True
+    captures.run((("some",),), dict, {})
+    with pytest.raises(ModelError, match="cannot be captured"):
+        captures.run((("some",),), dict, {})
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(llava: Any, caplog: pytest.LogCaptureFixture) -> None:
+    engine = recording(llava)
+    batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
+    want = generate(llava, batch, engine="eager")[0]
+    engine.captures.recorder = _Broken()
+    with caplog.at_level(logging.WARNING, "mmefficient"):
+        for _ in range(4):
+            assert torch.equal(generate(llava, batch)[0], want)
+    assert [record.getMessage() for record in caplog.records] == ["not captured, runs as it is: no"] * 3  # per kind
+
+
+def test_memory_is_bounded_and_given_back(llava: Any) -> None:
+    engine = recording(llava, limit=4)
+    sizes = []
+    for _ in range(2):
+        for length in range(1, 130, 20):
+            batch = tiny.collate("llava", [tiny.prompt("llava", 1, 3, length)])
+            want = generate(llava, batch, engine="eager")[0]
+            for _ in range(2):
+                ids, report = generate(llava, batch)
+                assert torch.equal(ids, want)
+                assert len(engine.captures) <= 4
+        sizes.append(report.engine["cache_bytes"])
+    assert sizes[0] == sizes[1] > 0
+    assert report.engine["recordings"] > 0
+    assert report.engine["recorded_bytes"] > 0
+    release(llava)
+    assert engine.store.nbytes == 0
+    assert len(engine.captures) == 0
+
+
+def test_other_weights_are_noticed(llava: Any) -> None:
+    recording(llava)
+    batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
+    for _ in range(3):
+        generate(llava, batch)
+    projection = llava.get_decoder().layers[1].mlp.up_proj
+    projection.weight = torch.nn.Parameter(torch.randn_like(projection.weight), requires_grad=False)
+    assert torch.equal(generate(llava, batch)[0], generate(llava, batch, engine="eager")[0])
+
+
+def test_foreign_layers_run_eager(llava: Any) -> None:
+    llava.get_decoder().layers[0].mlp.forward = llava.get_decoder().layers[0].mlp.forward
+    batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
+    assert "forward was replaced" in generate(llava, batch)[1].engine["why"]
+
+
+def test_bad_input_names_the_row_and_leaves_the_engine_usable(llava: Any) -> None:
+    batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
+    want = generate(llava, batch)[0]
+    wrong = {**batch, "input_ids": torch.where(batch["input_ids"] == tiny.IMAGE, 5, batch["input_ids"])}
+    with pytest.raises(InputError, match="left over"):
+        generate(llava, wrong)
+    assert torch.equal(generate(llava, batch)[0], want)
+
+
+def test_the_model_is_as_it_was_and_copies_stand_alone(llava: Any) -> None:
+    before = dict(llava.__dict__)
+    batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
+    with Plan().apply(llava, engine="auto"):
+        want = llava.generate(**batch, max_new_tokens=4, do_sample=False)
+    assert llava.__dict__ == before
+    twin = copy.deepcopy(llava)
+    assert torch.equal(generate(twin, batch, max_new_tokens=4)[0], want)
+
+
+def test_threads_take_turns(llava: Any) -> None:
+    recording(llava)
+    batches = [tiny.collate("llava", [each]) for each in tiny.ragged_prompts("llava")]
+    want = [generate(llava, batch, engine="eager")[0] for batch in batches]
+    wrong: list[int] = []
+    with Plan().apply(llava, engine="auto"):
+
+        def work(index: int) -> None:
+            for _ in range(5):
+                ids = llava.generate(**batches[index], max_new_tokens=5, do_sample=False)
+                if not torch.equal(ids, want[index]):
+                    wrong.append(index)
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(len(batches))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+class _StopAt(StoppingCriteria):
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+class _Words:
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(f"{token} " for token in ids)
+
+
+class _Broken:
+    def record(self, body: Any) -> Any:
+        raise RuntimeError("no")
