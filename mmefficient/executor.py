@@ -6,7 +6,8 @@ rides on its cache; the executor itself holds nothing but configuration, so thre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from mmefficient.reduction import HostFacts, Parts, Prefill, PromptState, Rope
 from mmefficient.rows import LayerPlan, RowLayer, check_layer
 from mmefficient.run import Run
 from mmefficient.tokens import TokenMap, build
+from mmefficient.view import Stream, View, repeated
 from mmefficient.vision import Vision, Watcher
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ class Executor:
         blinding = [layer for layer, each in self.modulated.items() if any("blind" in m.needs for m in each)]
         self.blind_until = max(blinding, default=-1)
         self.layered = [each for each in stages if isinstance(each, LayerMethod)]
+        views = [each for each in stages if isinstance(each, View)]
+        self.stream = Stream(views[0], adapter.decoder.config) if views else None
         self.watcher = Watcher(adapter, stages)
         self.configs = self._text_configs()
         self.implementation: str = adapter.decoder.config._attn_implementation
@@ -147,6 +151,7 @@ class Executor:
             undo += reducer.attach(adapter)
         handles = [
             self.model.register_forward_pre_hook(self.on_model, with_kwargs=True),
+            *([self.model.register_forward_hook(self.after_model, with_kwargs=True)] if self.stream else []),
             adapter.base.register_forward_pre_hook(self.on_base, with_kwargs=True),
             adapter.base.register_forward_hook(self.after_base, with_kwargs=True, always_call=True),
             adapter.decoder.register_forward_pre_hook(self.on_decoder, with_kwargs=True),
@@ -177,6 +182,27 @@ class Executor:
         if not isinstance(wanted, int) or wanted < 2 or kwargs.get("past_key_values") is None:
             return None
         return args, {**kwargs, KEY: wanted - 1}
+
+    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """Let the second stream answer too."""
+        assert self.stream is not None
+        if self.stream.inside:
+            return out
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        given = {**dict(zip(names, args, strict=False)), **{k: v for k, v in kwargs.items() if k != KEY}}
+        cache = out.past_key_values
+        state: PromptState | None = getattr(cache, STATE, None)
+        pictures: Mapping[str, Any] = {}
+        if state is not None:
+            pictures, state.pictures = state.pictures, {}
+            self.run.acted |= bool(pictures)
+        elif cache is None:
+            raise ModelError("a view needs a cache; leave use_cache on.")
+        try:
+            return self.stream.after(module, given, out, state, pictures)
+        finally:
+            if state is not None:
+                self.run.add(state)
 
     def on_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
         """Recognise a new prompt, and find its placeholders."""
@@ -290,6 +316,8 @@ class Executor:
         cache = kwargs.get("past_key_values")
         if cache is not None:
             setattr(cache, STATE, state)
+        if self.stream is not None and not self.stream.inside and "image" in call.vision:
+            state.pictures = repeated(call.vision["image"].given, batch, call.repeats.get("image", 1))
         tower = call.vision["image"].tower if "image" in call.vision else None
         call.prefill = Prefill(state, facts, tower, simulate=self.run.mode == "simulate")
         self.run.add(state)

@@ -14,7 +14,7 @@ def outliers(scores: torch.Tensor, tokens: VisualTokens) -> list[int]:
     counts = []
     for row, unit in zip(scores.float(), tokens.units, strict=True):
         held = row[: unit.count]
-        low, high = torch.quantile(held, held.new_tensor([0.25, 0.75]))
+        low, high = torch.quantile(held, torch.tensor([0.25, 0.75], device=held.device))
         counts.append((held > high + 1.5 * (high - low)).sum())
     return torch.stack(counts).tolist()
 
@@ -39,7 +39,7 @@ def with_rest(
     width = kept.shape[1]
     place = torch.arange(width, device=kept.device)
     others = tokens.valid & ~kept
-    room = kept.sum(1, keepdim=True) < kept.new_tensor(counts, dtype=torch.long)[:, None]
+    room = kept.sum(1, keepdim=True) < torch.tensor(counts, device=kept.device)[:, None]
     home = torch.where(others & room, place, -1).amax(1, keepdim=True)  # -1: there is no such token
     chosen = kept | (place == home)
     selection = order_selection(torch.where(chosen, place, place + width).argsort(dim=1), counts)

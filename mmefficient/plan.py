@@ -19,6 +19,7 @@ from mmefficient.methods import method, suggest
 from mmefficient.models import adapter_for
 from mmefficient.points import Method, Reducer, RowPolicy
 from mmefficient.run import Run
+from mmefficient.view import View
 
 Mode = Literal["apply", "simulate"]
 ATTACHED = "_mmefficient_executor"
@@ -177,6 +178,8 @@ def _compose(methods: tuple[Method, ...]) -> None:
     for each in methods:
         if not isinstance(each, Method):
             raise PlanError(f"{each!r} is not a method; give method instances or text.")
+    if len(views := [each for each in methods if isinstance(each, View)]) > 1:
+        raise PlanError(f"{views[0]} and {views[1]} both run a second stream; a plan takes one.")
     if len(anew := [each for each in methods if isinstance(each, RowPolicy) and each.sources]) > 1:
         raise PlanError(f"{anew[0]} and {anew[1]} both say where visual rows come from; use one of them.")
     reducers = [each for each in methods if isinstance(each, Reducer)]

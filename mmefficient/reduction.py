@@ -71,6 +71,7 @@ class PromptState:
         weighted: keys count by size; `steered` has the bias.
         shift: int64 [B, 1], how far the position ids of later tokens move down; None = not at all.
         steered: by decoder layer, what modulations do to later rows.
+        pictures: for a view, until it has read the prompt too.
         works: by decoder layer, what it computes for visual rows; layers that compute everything are absent.
     """
 
@@ -80,6 +81,7 @@ class PromptState:
     segments: dict[int, Segment] = field(default_factory=dict)
     shift: torch.Tensor | None = None
     steered: dict[int, tuple[Part, ...]] = field(default_factory=dict)
+    pictures: Mapping[str, Any] = field(default_factory=dict)
     weighted: bool = False
     works: Mapping[int, VisualWork] = field(default_factory=dict)
 

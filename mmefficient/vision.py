@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 FEATURES = TowerLayer()
+PICTURES = ("pixel_values", "image_sizes", "image_grid_thw")
 """The layer whose output the projector reads."""
 
 
@@ -95,11 +96,13 @@ class Vision:
         layouts: one per image.
         strides: for each image, the tower patches before it in `tower`.
         tower: None unless asked for.
+        given: the pixels of images, and what goes with them.
     """
 
     layouts: list[Layout]
     strides: list[int]
     tower: Tower | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Thread(threading.local):
@@ -200,7 +203,8 @@ class Watcher:
             crops = self.adapter.crops(arguments, len(layouts))
             each = len(tower) // sum(crops)
             strides = [each * before for before in accumulate(crops, initial=0)][:-1]
-        vision = Vision(layouts, strides, tower)
+        given = {name: arguments[name] for name in PICTURES if arguments.get(name) is not None}
+        vision = Vision(layouts, strides, tower, given if kind == "image" else {})
         _thread.pending.setdefault(self, {})[kind] = vision
         expecting = _thread.expecting.get(self)
         if expecting is not None:

@@ -21,6 +21,7 @@ def execute(name: str) -> int:
 
 def test_kernels() -> None:
     assert execute("kernels.md") == 1
+    assert execute("kernels-decoding.md") == 1
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:

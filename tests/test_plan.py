@@ -113,7 +113,7 @@ def test_methods_are_listed_and_documented() -> None:
     assert [method.name for method in found] == pages
     assert registry.methods() == found
     for method in found:
-        assert method.point in ("reducer", "modulation", "rows", "pattern")
+        assert method.point in ("reducer", "modulation", "rows", "pattern", "view")
         assert method.summary
         assert method.paper.startswith("https://")
         assert all(field.metadata["help"] for field in fields(method))

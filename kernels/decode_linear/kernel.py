@@ -65,10 +65,10 @@ def _linear(
     if BIASED2:
         result += tl.load(b2 + n, mask=in_n & (which == 2), other=0.0).to(tl.float32)
     if GATED:
-        gate = tl.sum(up, 1) * scale
+        raised = tl.sum(up, 1) * scale
         if BIASED1:
-            gate += tl.load(b1 + n, mask=in_n, other=0.0).to(tl.float32)
-        result = result * gate / (1.0 + tl.exp(-result))
+            raised += tl.load(b1 + n, mask=in_n, other=0.0).to(tl.float32)
+        result = result * raised / (1.0 + tl.exp(-result))
     if RESIDUAL:
         result += tl.load(residual + column + n, mask=in_n, other=0.0).to(tl.float32)
     tl.store(out + column + n, result.to(out.dtype.element_ty), mask=in_n)

@@ -26,13 +26,14 @@ def _drop(
         evens, odds = (held + 1) // 2, held // 2
         drop = tl.minimum(tl.minimum(step, held - count), evens)
         even = tl.load(here + 2 * place, mask=place < evens, other=0)
-        best = tl.full([HALF], float("-inf"), tl.float32)
+        parts = tl.full([HALF, ACROSS], float("-inf"), tl.float32)
         for at in range(0, odds, ACROSS):
             other = at + tl.arange(0, ACROSS)
             odd = tl.load(here + 2 * other + 1, mask=other < odds, other=0)
             inside = (place < evens)[:, None] & (other < odds)[None]
             value = tl.load(alike + even[:, None] * a_n + odd[None], mask=inside, other=float("-inf"))
-            best = tl.maximum(best, tl.max(value, 1))
+            parts = tl.maximum(parts, value)
+        best = tl.max(parts, 1)
         bits = tl.where(best == 0, 0.0, best).to(tl.int32, bitcast=True)
         bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         # ordered like the likenesses, and among equal ones the earlier place first

@@ -219,6 +219,29 @@ def selection(
     print(table(result))
 
 
+@app.command()
+def evidence(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for evidence.json, .md and .png, and the answers.")],
+    clock: Annotated[str, typer.Option(help="Model to time the first token on; none = no times.")] = "llava-1.5-7b",
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions in all, spread over the kinds.")] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="Only this share of tokens; repeat for more.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only plans with this method; repeat for more.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="A batch size to time; repeat for more. 1 and 8.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per batch.")] = None,
+    engine: Annotated[str, typer.Option(help="What runs the timed plans.")] = "eager",
+    repeats: Repeats = 7,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Every method and baseline at the same budgets on the embedded model: accuracy per kind, tokens, time.
+
+    For several GPUs: accelerate launch --multi_gpu --num_processes 8 -m mmefficient.bench evidence --out DIR
+    """
+    from mmefficient.bench.evidence import command
+
+    command(out, clock, limit, budget, method, batch, batch_size, repeats, engine, device, dtype)
+
+
 def _target(model: str, device: str, dtype: str, *, small: bool = False) -> Any:
     from mmefficient.bench.result import Target
     from mmefficient.cli import quiet

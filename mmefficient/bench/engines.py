@@ -48,6 +48,8 @@ ENGINES = (
         device="cuda",
     ),
     Engine("eager", "ours, attached to the stock modules", ours=True, scores=True),
+    Engine("graph", "ours, recorded programs (CUDA graphs)", ours=True, apply={"engine": "graph"}, device="cuda"),
+    Engine("auto", "ours, the same programs unrecorded", ours=True, apply={"engine": "auto"}, device="cpu"),
 )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmefficient.errors import MMEfficientError
 from mmefficient.evaluation.runner import run_eval
 from mmefficient.evaluation.tasks.hallucination import task
 from mmefficient.plan import Plan
@@ -26,6 +27,7 @@ STRENGTHS: dict[str, tuple[str, ...]] = {
     "pai": tuple(f"pai(alpha={a},first={f})" for f in (2, 6) for a in (0.05, 0.1, 0.2, 0.4)),
     "vaf": tuple(f"vaf(enhance={e},suppress={s},first=3,last=8)" for e in (1.05, 1.15, 1.3) for s in (0.95, 1.0)),
     "var": tuple(f"var(p={p},rho={r},tau={t},first=1)" for p in (0.3, 0.6) for r in (0.5, 0.8) for t in (4.0, 8.0)),
+    "adhh": tuple(f"adhh(theta={t})" for t in (0.05, 0.2, 0.4)),
     "paint": tuple(f"paint(alpha={a},beta={b})" for a in (0.1, 0.3, 0.7) for b in (0.1, 0.4)),
     "spin": tuple(f"spin(keep={k},factor={f})" for k in (0.5, 0.75, 0.88) for f in (0.08, 0.5)),
 }
@@ -63,13 +65,20 @@ def run(
         trial: validation questions, spread over both counterfactual kinds; limit: test questions of all kinds together.
 
     Returns:
-        {"chosen": {method: plan}, "feasible": {method: bool}, "validation", "test"}: the last two are reports of
-        `run_eval`.
+        {"chosen": {method: plan}, "feasible": {method: bool}, "left_out": {method: why}, "validation", "test"}: the
+        last two are reports of `run_eval`.
     """
     vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
-    names = list(only) or list(STRENGTHS)
+    names, left_out = list(only) or list(STRENGTHS), {}
+    for name in tuple(names):
+        try:
+            with Plan(STRENGTHS[name][0]).apply(vlm.model):
+                pass
+        except MMEfficientError as error:  # adhh needs a profile of the checkpoint
+            names.remove(name)
+            left_out[name] = str(error)
     plans = [plan for name in names for plan in STRENGTHS[name]]
-    options: dict[str, Any] = {"baselines": False, "batch_size": 128 if vlm.model.device.type == "cuda" else None}
+    options: dict[str, Any] = {"baselines": False, "batch_size": 256 if vlm.model.device.type == "cuda" else None}
     first = run_eval(
         task("val"),
         plans,
@@ -88,7 +97,14 @@ def run(
     best = min(chosen, key=lambda name: (not feasible[name], value(entries[str(Plan(chosen[name]))], "chair_s")))
     combined = [*REDUCERS, *(f"{reducer}+{chosen[best]}" for reducer in REDUCERS)]
     test = run_eval(task("test"), [*chosen.values(), *combined], vlm, limit=limit, out=out / "test", **options)
-    return {"command": shlex.join(sys.argv), "chosen": chosen, "feasible": feasible, "validation": first, "test": test}
+    return {
+        "command": shlex.join(sys.argv),
+        "chosen": chosen,
+        "feasible": feasible,
+        "left_out": left_out,
+        "validation": first,
+        "test": test,
+    }
 
 
 def value(metrics: Entry, name: str, kind: str = CAPTION) -> float:

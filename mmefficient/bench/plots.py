@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {"hf": "#8c8c8c", "hf-static": "#c49a3c", "eager": "#3b76af", "graph": "#2e8b57"}
+COLOURS = {"hf": "#8c8c8c", "hf-static": "#c49a3c", "eager": "#3b76af", "graph": "#2e8b57", "auto": "#2e8b57"}
 
 
 def latency(result: dict[str, Any]) -> Figure:
@@ -85,6 +85,8 @@ def scaling(result: dict[str, Any]) -> Figure:
                  if row["plan"] == "none" and "ms" in row}  # fmt: skip
         axis.plot(list(floor), list(floor.values()), color="black", lw=2, label="floor, no plan")
         axis.set(xscale="log", yscale="log", xlabel="positions per row")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_minor_formatter("")
         axis.set_title(f"prefill, ms, batch {batch}", fontsize=10)
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(_title(result, "points measured, lines fitted"), fontsize=10)

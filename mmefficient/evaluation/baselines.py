@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from mmefficient.evaluation.answers import Answer
 from mmefficient.plan import Plan
@@ -10,14 +10,19 @@ from mmefficient.plan import Plan
 RANDOM_SEEDS = (0, 1, 2)
 
 
-def budget(answer: Answer) -> float:
-    """The share of visual tokens that a plan keeps, mean over decoder layers.
+NAMES = ("random", "grid", "pool")
+
+
+def budget(answers: Collection[Answer]) -> float:
+    """The share of visual tokens that a plan kept, mean over decoder layers and over all visual tokens asked about.
 
     It is defined for every plan, whatever its fields: a method that acts at the input has its `keep`, one that acts in
-    layer k or that lets all tokens leave is charged for the layers before. So baselines get the same number of
-    (token, layer) pairs, which is what prefill FLOPs follow, and act at the input themselves.
+    layer k or that lets all tokens leave is charged for the layers before, one that decides picture by picture has what
+    it decided. So baselines get the same number of (token, layer) pairs, which is what prefill FLOPs follow, and act at
+    the input themselves.
     """
-    return round(answer.visual_tokens / answer.visual_total, 4) if answer.visual_total else 1.0
+    total = sum(answer.visual_total for answer in answers)
+    return round(sum(answer.visual_tokens for answer in answers) / total, 4) if total else 1.0
 
 
 def matched(share: float) -> Mapping[str, tuple[Plan, ...]]:

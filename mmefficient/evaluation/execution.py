@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +23,16 @@ from mmefficient.plan import Plan
 
 @dataclass(frozen=True)
 class Job:
-    """A plan, its answers so far, and its budget; `rivals` are the plans it has to beat, by name of the baseline."""
+    """A plan and its answers so far; `rivals` are the plans it has to beat, by name of the baseline."""
 
     plan: Plan
     log: AnswerLog
-    share: float
     rivals: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """The plan's budget (`baselines.budget`), known once all questions are answered."""
+        return budget(self.log.answers.values())
 
 
 class Execution:
@@ -64,16 +68,17 @@ class Execution:
         ids = [record.id for record in self.records]
         log = self._stack.enter_context(AnswerLog(self.folder, name, header, ids, self.world.rank))
         log.share(self.world.gather(list(log.answers.values())))
-        first = log.answers.get(ids[0])
-        if first is None:
+        if ids[0] not in log.answers:
             with self.asker.under(plan) as run:
-                first = self.asker.ask(self.records[:1], run)[0]
-        self.jobs[str(plan)] = Job(plan, log, budget(first))
+                self.asker.ask(self.records[:1], run, most=1)
+        self.jobs[str(plan)] = Job(plan, log)
         return self.jobs[str(plan)]
 
-    def add_baselines(self, job: Job) -> None:
-        """Adds the baselines at a plan's budget; what the model cannot carry goes to `left_out`."""
+    def add_baselines(self, job: Job, names: Collection[str]) -> None:
+        """Adds baselines at the budget of a plan that has been run; what the model cannot carry goes to `left_out`."""
         for name, plans in matched(job.share).items():
+            if name not in names:
+                continue
             try:
                 found = [str(self.add(plan).plan) for plan in plans]
             except MMEfficientError as error:
@@ -83,30 +88,41 @@ class Execution:
                 job.rivals[name] = found
 
     def run(self, size: int, check: int, progress: bool | None) -> list[PlanRun]:
-        """Answers, in batches of `size`, what the logs lack; asks `check` questions per plan again, one by one."""
+        """Answers, in batches of `size`, what the logs lack; asks `check` questions per plan again, one by one.
+
+        Batches are dealt out plan after plan, and processes meet at the end alone, so that none waits at every plan.
+        """
         whole = batches(self.records, size, self.asker.task)
-        todo = {}
+        todo, dealt = {}, 0
         for name, job in self.jobs.items():
             lacking = [batch for batch in whole if any(record.id not in job.log.answers for record in batch)]
-            todo[name] = lacking[self.world.rank :: self.world.size]
+            todo[name] = lacking[(self.world.rank - dealt) % self.world.size :: self.world.size]
+            dealt += len(lacking)
+        check = min(check, len(self.records))
+        checked = [self.records[i * len(self.records) // check] for i in range(check)]
         done = sum(len(job.log.answers) for job in self.jobs.values())
         ahead = sum(len(batch) for own in todo.values() for batch in own)
         hidden = True if self.world.rank else None if progress is None else not progress
         with tqdm(total=done + ahead, initial=done, unit="question", smoothing=0.05, disable=hidden) as bar:
-            return [self._run(job, todo[name], check, bar) for name, job in self.jobs.items()]
+            alone = {name: self._ask(job, todo[name], checked, bar) for name, job in self.jobs.items()}
+        return [self._collect(job, alone[name], checked) for name, job in self.jobs.items()]
 
-    def _run(self, job: Job, todo: Sequence[Sequence[Record]], check: int, bar: tqdm[Any]) -> PlanRun:
+    def _ask(
+        self, job: Job, todo: Sequence[Sequence[Record]], checked: Sequence[Record], bar: tqdm[Any]
+    ) -> dict[str, str]:
+        """This process's part of a plan; returns its answers to questions asked alone."""
         bar.set_description(str(job.plan))
-        check = min(check, len(self.records))
-        checked = [self.records[i * len(self.records) // check] for i in range(check)]
         own = checked[self.world.rank :: self.world.size]
-        alone = {}
-        if todo or own:
-            with self.asker.under(job.plan) as run:
-                for batch in todo:
-                    job.log.append(self.asker.ask(batch, run))
-                    bar.update(len(batch))
-                alone = {record.id: self.asker.ask([record], run)[0].text for record in own}
+        if not todo and not own:
+            return {}
+        with self.asker.under(job.plan) as run:
+            for batch in todo:
+                job.log.append(self.asker.ask(batch, run))
+                bar.update(len(batch))
+            return {record.id: self.asker.ask([record], run)[0].text for record in own}
+
+    def _collect(self, job: Job, alone: Mapping[str, str], checked: Sequence[Record]) -> PlanRun:
+        """What all processes have answered."""
         job.log.share(self.world.gather(list(job.log.answers.values())))
         answers = [job.log.answers[record.id] for record in self.records]
         changed = {answer.id for answer in answers if alone.get(answer.id, answer.text) != answer.text}

@@ -48,15 +48,15 @@ class Asker:
         with SharedPictures(self.model, plan) as self._shared, applied as run:
             yield run
 
-    def ask(self, records: Sequence[Record], run: Any) -> list[Answer]:
-        """Answers to the records of one batch, from the model as `under` left it."""
+    def ask(self, records: Sequence[Record], run: Any, most: int | None = None) -> list[Answer]:
+        """Answers to the records of one batch, from the model as `under` left it; `most` tokens if given."""
         self._shared.pictures = [record.picture for record in records]
         with StageTimer(self.model) as timer:
             with timer.preprocess():
                 inputs = self._inputs(records)
             output = self.model.generate(
                 **inputs,
-                max_new_tokens=self.task.kinds[records[0].kind].max_new_tokens,
+                max_new_tokens=most or self.task.kinds[records[0].kind].max_new_tokens,
                 do_sample=False,
                 num_beams=1,
                 temperature=None,  # a checkpoint's sampling defaults would only be warned about

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from mmefficient.environment import collect
 from mmefficient.errors import InputError
 from mmefficient.evaluation import tasks
+from mmefficient.evaluation.baselines import NAMES
 from mmefficient.evaluation.execution import Execution
 from mmefficient.evaluation.generation import Asker, fingerprint
 from mmefficient.evaluation.markdown import markdown
@@ -41,8 +42,9 @@ def run_eval(
     device: str = "auto",
     dtype: str = "auto",
     kinds: Sequence[str] | None = None,
-    baselines: bool = True,
+    baselines: bool | Collection[str] = True,
     check_flips: int = 0,
+    html: bool = True,
     resamples: int = 2000,
     seed: int = 0,
     progress: bool | None = None,
@@ -65,10 +67,12 @@ def run_eval(
         skip_bad: leave out records that cannot be used, and list them in the report; by default they are an error.
         batch_size: questions decoded together; by default 16 on a CPU and 128 elsewhere.
         kinds: the kinds of question to ask; all by default.
-        baselines: whether to add `random` (three seeds), `grid` and `pool` at the budget of every plan, which is its
-            mean share of visual tokens over decoder layers (see `mmefficient.evaluation.baselines.budget`).
+        baselines: whether to add `random` (three seeds), `grid` and `pool`, or which of them, at the budget of every
+            plan, which is its mean share of visual tokens over decoder layers (see
+            `mmefficient.evaluation.baselines.budget`).
         check_flips: how many questions per plan, evenly spaced, are asked again one by one, to count the answers that
             depend on the batch (low precision makes some).
+        html: whether `report.html`, with its plots and lost answers, is one of the files.
         resamples: bootstrap samples behind the 95 % intervals.
         seed: of the bootstrap.
         progress: whether to draw a progress bar on stderr; by default when that is a terminal.
@@ -107,8 +111,11 @@ def run_eval(
     }
     with Execution(asker, records, identity, folder, world) as execution:
         given = [execution.add(plan) for plan in chosen]
-        for job in given[1:] if baselines else ():
-            execution.add_baselines(job)
+        wanted = NAMES if baselines is True else baselines or ()
+        if wanted:
+            execution.run(size, 0, progress)  # budgets are what plans turn out to keep
+        for job in given[1:] if wanted else ():
+            execution.add_baselines(job, wanted)
         runs = execution.run(size, check_flips, progress)
     report = build(
         task,
@@ -130,7 +137,8 @@ def run_eval(
     if folder is not None and world.rank == 0:
         _write(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
         _write(folder / "report.md", markdown(report))
-        _write_page(folder, asker, records, report)
+        if html:
+            _write_page(folder, asker, records, report)
     return report
 
 

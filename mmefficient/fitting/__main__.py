@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -24,6 +23,8 @@ WORKERS = min(12, max(0, (os.cpu_count() or 1) - 2))
 
 
 def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
+    import torch
+
     from mmefficient.loading import load
 
     torch.set_float32_matmul_precision("high")
@@ -98,4 +99,6 @@ def urag(
 
 
 if __name__ == "__main__":
+    # read by torch: threads that wait busily slow down the processes that make prompts
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

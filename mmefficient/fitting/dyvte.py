@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmefficient.fitting.scenes import ASKED, IGNORE, Batch, Prompts, batches, model_inputs
-from mmefficient.fitting.training import inputs_of, train
+from mmefficient.fitting.training import train
+from mmefficient.fitting.withdrawn import Withdrawal
 from mmefficient.flops import layer_flops
 from mmefficient.methods.reducers.dyvte import gate, gate_input
 from mmefficient.models import adapter_for
-from mmefficient.plan import Plan
 from mmefficient.points import QuestionTokens
 from mmefficient.profiles import Checkpoint, Profile
 
@@ -39,19 +39,14 @@ class Gates:
     @torch.no_grad()
     def examine(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Gate inputs float32 [L-1, B, 2D]; labels bool [L-1, B]: the image may leave at the input of layer i + 1."""
-        inputs: dict[str, Any] = dict(model_inputs(self.model, self.processor, batch))
-        inputs |= {"logits_to_keep": batch.labels.shape[1], "use_cache": False}
-        deciding = range(1, self.layers)
-        with inputs_of(self.adapter.layers, deciding) as seen:
-            full = self.model(**inputs).logits
+        run = Withdrawal(self.model, model_inputs(self.model, self.processor, batch), batch.labels.shape[1])
         index, used = batch.question(self.adapter.placeholders["image"])
         rows = torch.arange(len(index), device=index.device)[:, None]
-        z = torch.stack([gate_input(QuestionTokens(seen[layer][rows, index], used)) for layer in deciding])
-        labels = []
-        for layer in deciding:
-            with Plan(f"exit(layer={layer})").apply(self.model):
-                labels.append(label(full, self.model(**inputs).logits, batch.labels))
-        return z.float(), torch.stack(labels)
+        z, labels = [], []
+        for layer, logits in run.shorter():
+            z.append(gate_input(QuestionTokens(run.states[layer][rows, index], used)))
+            labels.append(label(run.full, logits, batch.labels))
+        return torch.stack(z).float(), torch.stack(labels)
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
         """Exit minus stay, [L-1, B]."""
@@ -148,7 +143,7 @@ def fit(
         lr,
         minutes,
     )
-    if not done:
+    if done < steps:
         return None
     # the gates as they will be used, rounded
     for parameter in gates.parameters.values():

@@ -8,31 +8,25 @@ from typing import Any
 import torch
 
 from mmefficient.fitting.scenes import Prompts, batches, model_inputs
+from mmefficient.fitting.withdrawn import Withdrawal
 from mmefficient.models import adapter_for
-from mmefficient.plan import Plan
 from mmefficient.profiles import Checkpoint, Profile
 
 
 @torch.no_grad()
 def divergences(model: Any, processor: Any, prompts: Prompts, steps: int) -> list[float]:
     """KL(stock || image left at the input of layer K) of the prompt's next token, in nats, for K = 1 .. L-1, means."""
-    layers = len(adapter_for(model).layers)
-    total, count = torch.zeros(layers - 1), 0
+    layers, count = len(adapter_for(model).layers), 0
+    total = torch.zeros(layers - 1)
     for batch in batches(prompts, 0, steps, 0, model.device):
-        first = (torch.arange(batch.labels.shape[1], device=model.device) - batch.labels.shape[1] + 1).eq(
-            -batch.answered[:, None]
-        )  # the row that predicts the first answer token
-
-        def next_token(plan: str) -> torch.Tensor:
-            with Plan(plan).apply(model):
-                inputs = model_inputs(model, processor, batch)  # noqa: B023
-                logits = model(**inputs, use_cache=False, logits_to_keep=batch.labels.shape[1]).logits  # noqa: B023
-            return logits.float().log_softmax(-1)[first]  # noqa: B023
-
-        stock = next_token("none")
-        for layer in range(1, layers):
-            short = next_token(f"exit(layer={layer})")
-            total[layer - 1] += (stock.exp() * (stock - short)).sum(-1).sum().cpu()
+        width = batch.labels.shape[1]
+        run = Withdrawal(model, model_inputs(model, processor, batch), width)
+        behind = width - 1 - torch.arange(width, device=model.device)
+        first = behind == batch.answered[:, None]  # the row that predicts the first answer token
+        stock = run.full[first].float().log_softmax(-1)
+        for layer, logits in run.shorter():
+            short = logits[first].float().log_softmax(-1)
+            total[layer - 1] += (stock.exp() * (stock - short)).sum().cpu()
         count += len(batch.ids)
     return (total / count).tolist()
 

@@ -42,7 +42,7 @@ def train(
     steps: int,
     lr: float,
     minutes: float,
-) -> bool:
+) -> int:
     """AdamW with a linear warm-up and a cosine to zero; goes on from `out`/state.pt, and leaves it there.
 
     Args:
@@ -50,7 +50,7 @@ def train(
         minutes: stop, resumably, after this long.
 
     Returns:
-        whether all steps are done.
+        the steps done so far, all calls together.
     """
     out.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(parameters.parameters(), lr=lr, weight_decay=0.01)
@@ -89,4 +89,4 @@ def train(
             (out / "state.partial").replace(state)
         if late:
             break
-    return step >= steps
+    return step

@@ -113,12 +113,12 @@ def fit(
         lr,
         minutes,
     )
-    if not done:
+    if done < steps:
         return None
     for parameter in head.parameters.values():
         parameter.data = parameter.data.bfloat16().float()
     found = head.check(Prompts(processor, rows, f"urag-check/{seed}", pages), checks)
-    facts = {"layer": layer, "pages": pages, "ranked_first": found, "steps": steps, "rows": rows, "lr": lr}
+    facts = {"layer": layer, "pages": pages, "ranked_first": found, "steps": done, "rows": rows, "lr": lr}
     path = out / "urag-fitted.json"
     tensors = {name: parameter.detach().bfloat16().cpu() for name, parameter in head.parameters.items()}
     Profile.make("urag", Checkpoint(model, len(head.adapter.layers)), facts).write(path, tensors)

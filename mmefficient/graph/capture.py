@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,17 +87,21 @@ class CudaGraphs:
             self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream), constants:
                 body()  # compiles kernels and fills workspaces
-            current.wait_stream(self.stream)
-            torch.cuda.empty_cache()
+            torch.cuda.synchronize()
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
-            # other threads may go on allocating
-            capture: AbstractContextManager[Any] = torch.cuda.graph(
-                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-            )
-            with capture, constants.again():
-                outputs = body()
+            # not torch.cuda.graph(), which empties the allocator's cache: somebody else's graphs may look into it
+            with torch.cuda.stream(self.stream), constants.again():
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # other threads may allocate
+                try:
+                    outputs = body()
+                except BaseException:
+                    with suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
             size = torch.cuda.memory_reserved() - before
+            current.wait_stream(self.stream)
         return Recording(graph.replay, outputs, (graph, constants.kept), max(0, size))
 
 

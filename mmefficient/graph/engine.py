@@ -47,6 +47,9 @@ class Engine:
         # walking the modules costs a millisecond
         self._parameters = [module._parameters for module in (*adapter.base.modules(), self.head)]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a model has no engine yet."""
+
     @property
     def device(self) -> torch.device:
         """Where everything is."""

@@ -6,6 +6,7 @@ is given an object in place of the model that answers the few questions the loop
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -40,13 +41,17 @@ DEFAULTS = {"num_beams": (1,), "num_return_sequences": (1,), "return_dict_in_gen
 
 
 class GenerateTap:
-    """Stands in for a model's `generate`: same arguments, same result, right in a deepcopy of the model."""
+    """Stands in for a model's `generate`: same arguments, same result. A deepcopy of the model has its own back."""
 
     def __init__(self, engine: Engine, executor: Executor, stock: Callable[..., Any], strict: bool) -> None:
         self.engine, self.executor, self.strict = engine, executor, strict
         self.__wrapped__ = stock
         self.said: set[str] = set()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.__wrapped__, memo)
+
+    @torch.inference_mode(False)  # buffers outlive the call, and tensors of inference mode cannot be written to outside
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, engine, stock = self.executor.model, self.engine, self.__wrapped__
@@ -66,6 +71,7 @@ class GenerateTap:
                 return stock(*args, **kwargs, custom_generate=Loop(steps, given.get("streamer")))
             finally:
                 engine.busy = False
+                engine.join()
                 self.executor.watcher.take()
 
     def refusal(self, model: Any, given: dict[str, Any]) -> str | None:

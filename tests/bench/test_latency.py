@@ -44,15 +44,17 @@ def test_latency_writes_what_it_prints(family: str, tmp_path: Path, quick: None)
     assert (found["schema"], found["benchmark"]) == (result.SCHEMA, "latency")
     assert found["command"].startswith("mmefficient")
     assert found["environment"]["packages"]["torch"]
-    expected = [(b, e, p) for b in (1, 2) for e, p in (("hf", "none"), ("eager", "none"), ("eager", PLAN))]
+    each = [("hf", "none"), ("eager", "none"), ("auto", "none"), ("eager", PLAN), ("auto", PLAN)]
+    expected = [(batch, *one) for batch in (1, 2) for one in each]
     assert [(row["batch"], row["engine"], row["plan"]) for row in found["rows"]] == expected
     assert outcome.stdout.strip() in (out / f"latency-{family}.md").read_text()
     assert (out / f"latency-{family}.png").stat().st_size > 5000
-    stock, none, pruned = found["rows"][:3]
+    stock, none, _, pruned, auto = found["rows"][:5]
     assert all(row["check"]["flips"] == 0 for row in found["rows"])
     assert pruned["visual_tokens"][1] == round(pruned["visual_tokens"][0] / 4)
     assert {"preprocess", "vision", "prefill", "first", "decode", "scoring"} == set(pruned["ms"])
     assert "scoring" not in none["ms"]
+    assert auto["engine_facts"]["name"] == "graph"
     for stage in ("vision", "prefill", "decode", "first"):
         work = none["work"][stage]
         assert work["over_floor"] * max(work["flops_floor_ms"], work["bytes_floor_ms"]) == pytest.approx(
@@ -113,7 +115,7 @@ def test_a_failed_row_has_no_times_and_the_command_fails(
 
 def test_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [engine.name for engine in engines.choose(None, CPU)] == [
-        e.name for e in engines.ENGINES if e.device is None
+        e.name for e in engines.ENGINES if e.device in (None, "cpu")
     ]
     assert "hf-static" in [engine.name for engine in engines.choose(None, torch.device("cuda"))]
     with pytest.raises(InputError, match="choose from hf"):

@@ -18,9 +18,10 @@ RANDOM = [f"random(keep=0.25{seed})" for seed in ("", ",seed=1", ",seed=2")]
 
 
 def test_a_budget_is_the_mean_share_over_layers() -> None:
-    assert budget(Answer("a", "", False, [576, 576, 144, 0], 576, 1, 1)) == 0.5625
-    assert budget(Answer("a", "", False, [3, 3], 9, 1, 1)) == 0.3333
-    assert budget(Answer("a", "", False, [0, 0], 0, 1, 1)) == 1
+    assert budget([Answer("a", "", False, [576, 576, 144, 0], 576, 1, 1)]) == 0.5625
+    assert budget([Answer("a", "", False, [3, 3], 9, 1, 1)]) == 0.3333
+    assert budget([Answer("a", "", False, [3, 3], 9, 1, 1), Answer("b", "", False, [1, 0], 1, 1, 1)]) == 0.35
+    assert budget([Answer("a", "", False, [0, 0], 0, 1, 1)]) == 1
 
 
 def test_baselines_keep_the_budget_whatever_spends_it(task: Task, vlm: VLM) -> None:

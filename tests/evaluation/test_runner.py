@@ -211,8 +211,8 @@ def test_a_line_that_is_missing_is_answered_again(task: Task, vlm: VLM, tmp_path
 def test_flips_are_counted(task: Task, vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     ask = Asker.ask
 
-    def fickle(self: Asker, records: list[Record], run: Any) -> Any:
-        answers = ask(self, records, run)
+    def fickle(self: Asker, records: list[Record], run: Any, most: int | None = None) -> Any:
+        answers = ask(self, records, run, most)
         alone = len(records) == 1 and records[0].kind == "colour"
         return [dataclasses.replace(answer, text=answer.text + "!") if alone else answer for answer in answers]
 

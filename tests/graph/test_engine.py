@@ -216,9 +216,23 @@ def test_the_model_is_as_it_was_and_copies_stand_alone(llava: Any) -> None:
     batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
     with Plan().apply(llava, engine="auto"):
         want = llava.generate(**batch, max_new_tokens=4, do_sample=False)
+        inside = copy.deepcopy(llava)
+    for twin in (inside, copy.deepcopy(llava)):
+        assert torch.equal(twin.generate(**batch, max_new_tokens=4, do_sample=False), want)
     assert llava.__dict__ == before
-    twin = copy.deepcopy(llava)
     assert torch.equal(generate(twin, batch, max_new_tokens=4)[0], want)
+
+
+def test_calls_in_and_out_of_inference_mode(llava: Any) -> None:
+    recording(llava)
+    batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
+    want = generate(llava, batch, engine="eager")[0]
+    for inside in (True, False, True, False):
+        with torch.inference_mode(inside):
+            assert torch.equal(generate(llava, batch)[0], want)
+    with Plan().apply(llava, engine="auto"):
+        ids = batch.pop("input_ids")
+        assert torch.equal(llava.generate(ids, **batch, max_new_tokens=5, do_sample=False), want)
 
 
 def test_threads_take_turns(llava: Any) -> None:

@@ -119,3 +119,19 @@ def test_traces_whole(device: torch.device) -> None:
     pairs, valid, _ = problem(21, "coverage", device)
     compiled = torch.compile(lambda p, v: greedy_select(p, v, 5, objective="coverage"), fullgraph=True, backend="eager")
     assert torch.equal(compiled(pairs, valid), greedy_select(pairs, valid, 5, objective="coverage"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_replays_from_a_graph(device: torch.device, objective: str) -> None:
+    """Counters start anew in every replay."""
+    pairs, valid, weight = problem(576, objective, device)
+    first = first_scores(pairs, valid, objective, weight)
+    wanted = launch(pairs, valid, first, 64, objective)  # also compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = launch(pairs, valid, first, 64, objective)
+    for _ in range(3):
+        found.zero_()
+        graph.replay()
+        assert equal(found, wanted, valid)

@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from mmefficient import steering
 from mmefficient.call import Call
 from mmefficient.errors import PlanError, SilentPlanError
+from mmefficient.methods.modulations.pai import PAI
 from mmefficient.methods.modulations.paint import LOCAL, SUMMARY, sets
+from mmefficient.methods.modulations.vaf import VAF
 from mmefficient.methods.modulations.vhr import VHR
+from mmefficient.modulation import LayerPrompt
 from mmefficient.plan import Plan
 from tests import tiny
 from tests.executor.oracle import GREEDY, decoder_inputs, image_columns, logits
@@ -287,3 +292,84 @@ def test_a_modulation_that_is_never_reached_is_an_error(monkeypatch: pytest.Monk
     model, batch = tiny.build("llava"), tiny.ragged_batch("llava")
     with pytest.raises(SilentPlanError), Plan("pai(first=2)").apply(model):
         logits(model, batch)
+
+
+class NoMatrix(TorchDispatchMode):
+    """Fails when an operation makes floating numbers for many rows and keys: an attention matrix."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.seen = rows, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, (tuple, list)) else (out,):
+            if torch.is_tensor(each) and each.is_floating_point() and each.ndim >= 3:
+                self.seen += 1
+                assert not (each.shape[-1] >= self.rows and each.shape[-2] >= self.rows), f"{func} made {each.shape}"
+        return out
+
+
+@pytest.mark.parametrize(
+    "plan",
+    ["pai(first=3)+vhr+spin", "vaf(first=1,last=1)", "var(tau=1.5,first=3)", "paint(first=3)", "adhh(heads=((1,1),))"],
+)
+def test_no_attention_matrix_is_made(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stock implementation that makes none, no method does: the kernels run, under Triton's interpreter."""
+    for name in ("grouped_attention", "decode_attention", "layout_of", "make_layout"):
+        monkeypatch.setattr(steering, name, partial(getattr(steering, name), impl="triton"))
+    batch = tiny.collate("llava", [tiny.prompt("llava", 2, 24, 8)])
+    model, length = tiny.build("llava"), batch["input_ids"].shape[1]
+    assert length > model.config.text_config.intermediate_size > model.config.text_config.hidden_size
+    model.model.get_image_features(batch["pixel_values"])  # what is lazily made, is made
+    with Plan(plan).apply(model), NoMatrix(length) as watch:
+        model.generate(**batch, max_new_tokens=2, do_sample=False)
+    assert watch.seen > 100
+
+
+def test_a_matrix_would_be_noticed() -> None:
+    batch = tiny.collate("llava", [tiny.prompt("llava", 2, 24, 8)])
+    model, length = tiny.build("llava", "eager"), batch["input_ids"].shape[1]
+    with pytest.raises(AssertionError, match="made"), NoMatrix(length):
+        model.generate(**batch, max_new_tokens=1, do_sample=False)
+
+
+@pytest.mark.parametrize("plan", ["pai(first=1)", "var(tau=1.5,first=1)", "adhh(heads=((1,1),(3,0)))"])
+def test_every_layer_and_step_goes_through_the_kernels_once(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: dict[str, int] = {}
+
+    def counted(name: str, stock: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return stock(*args, **kwargs)
+
+        return call
+
+    for name in ("grouped_attention", "decode_attention"):
+        monkeypatch.setattr(steering, name, counted(name, getattr(steering, name)))
+    model, batch = tiny.build("llava"), tiny.collate("llava", [tiny.prompt("llava", 1, 3, 6)])
+    with Plan(plan).apply(model):
+        model.generate(**batch, max_new_tokens=STEPS, do_sample=False)
+    layers = 2 if "adhh" in plan else 3
+    assert calls == {"grouped_attention": layers, "decode_attention": layers * (STEPS - 1)}
+
+
+@pytest.mark.parametrize(
+    "plan", ["pai(alpha=0.4)", "vaf(first=1,last=2)", "var(p=0.3,rho=0.4,tau=1.6)", "vhr", "spin(keep=0.5)"]
+)
+def test_sampling_is_modulated_from_its_first_token(plan: str) -> None:
+    model, batch = tiny.build("llava"), tiny.ragged_batch("llava")
+    stock = logits(model, batch)
+    with Plan(plan).apply(model):
+        torch.manual_seed(0)
+        out = model.generate(**batch, **{**GREEDY, "do_sample": True})
+    assert (torch.stack(out.logits)[0] - stock[0]).abs().max() > 1e-4
+
+
+def test_pai_raises_negative_logits_and_vaf_lowers_them() -> None:
+    """The two methods differ in this, and are meant to."""
+    prompt = LayerPrompt(0, None, torch.zeros(1, 2, 1, 4), None, None, 1.0)  # type: ignore[arg-type]
+    negative = torch.tensor(-2.0)
+    for method, group, moves in ((PAI(alpha=0.3), 1, 1), (VAF(), 2, -1)):
+        a, b, c = method.change(prompt).logit_map[:, 0, 0, group]  # type: ignore[index]
+        assert ((a * negative + b * negative.abs() + c - negative) * moves) > 0

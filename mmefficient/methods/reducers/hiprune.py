@@ -50,11 +50,14 @@ class HiPrune(Reducer):
         chosen = torch.zeros_like(late)
         if max(anchors) > 0:
             # an anchor, then its left, right, upper and lower neighbour; over a row's end the next row goes on
-            widths = ranked.new_tensor([unit.grids[0][1] for unit in tokens.units])[:, None]
+            # torch.tensor, not new_tensor: the graph engine keeps what is made of host values by it
+            widths = torch.tensor([unit.grids[0][1] for unit in tokens.units], device=ranked.device)[:, None]
             moves = torch.cat([torch.zeros_like(widths), widths * 0 - 1, widths * 0 + 1, -widths, widths], 1)
-            last = ranked.new_tensor([unit.count - 1 for unit in tokens.units])[:, None, None]
+            last = torch.tensor([unit.count - 1 for unit in tokens.units], device=ranked.device)[:, None, None]
             near = (ranked[:, : max(anchors), None] + moves[:, None]).clamp(min=0).minimum(last)
-            used = torch.arange(max(anchors), device=ranked.device) < ranked.new_tensor(anchors)[:, None]
+            used = (
+                torch.arange(max(anchors), device=ranked.device) < torch.tensor(anchors, device=ranked.device)[:, None]
+            )
             counted = used[..., None].expand_as(near).to(late.dtype)
             chosen = chosen.scatter_reduce_(1, near.flatten(1), counted.flatten(1), "amax")
         return late + 2 * chosen  # attention is at most 1

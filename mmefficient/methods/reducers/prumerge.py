@@ -56,15 +56,15 @@ class PruMerge(Reducer):
         """bool [U, N]: the patches that are not only part of the rest."""
         if self.keep is None:
             found = outliers(attention, tokens)
-            kept = rank < rank.new_tensor([max(1, count) for count in found])[:, None]
+            kept = rank < torch.tensor([max(1, count) for count in found], device=rank.device)[:, None]
             steps = [max(1, unit.count // max(1, count) // 3) for unit, count in zip(tokens.units, found, strict=True)]
             place = torch.arange(rank.shape[1], device=rank.device)
-            last = rank.new_tensor([unit.count - 1 for unit in tokens.units])[:, None]
-            grid = (place % rank.new_tensor(steps)[:, None] == 0) & (place < last)
+            last = torch.tensor([unit.count - 1 for unit in tokens.units], device=rank.device)[:, None]
+            grid = (place % torch.tensor(steps, device=rank.device)[:, None] == 0) & (place < last)
             return (kept | grid if self.plus else kept) & tokens.valid
         wanted = without_rest([self.budget(unit) for unit in tokens.units], tokens)
         first = [max(1, count // 4) if self.plus else count for count in wanted]
-        kept = (rank < rank.new_tensor(first)[:, None]) & tokens.valid
+        kept = (rank < torch.tensor(first, device=rank.device)[:, None]) & tokens.valid
         return kept | spread(tokens.valid & ~kept, [w - f for w, f in zip(wanted, first, strict=True)])
 
 

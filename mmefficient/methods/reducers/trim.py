@@ -46,8 +46,8 @@ class Trim(Reducer):
             counts = [self.budget(unit) for unit in tokens.units]
         held = without_rest(counts, tokens)
         rank = scores.masked_fill(~tokens.valid, float("-inf")).argsort(dim=1, descending=True, stable=True)
-        kept = (rank.argsort(dim=1) < rank.new_tensor(held)[:, None]) & tokens.valid
-        others = rank.new_tensor([unit.count for unit in tokens.units]) - kept.sum(1)
+        kept = (rank.argsort(dim=1) < torch.tensor(held, device=rank.device)[:, None]) & tokens.valid
+        others = torch.tensor([unit.count for unit in tokens.units], device=rank.device) - kept.sum(1)
         mean = torch.ones_like(scores) / others.clamp(min=1)[:, None]
         eye = torch.eye(kept.shape[1], device=kept.device).expand(len(kept), -1, -1)
         return with_rest(kept, tokens, counts, eye, mean), counts

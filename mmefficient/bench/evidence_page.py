@@ -1,0 +1,128 @@
+"""The evidence table as Markdown, one part per site, and as two plots: accuracy against time, and against tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmefficient.bench.tables import cell, markdown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MEAN = "mean"
+NOT_BETTER = "≯ random"
+MARK = "does not beat random"
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """One table per site: cost, accuracy per kind with the paired difference to no plan, and the clock."""
+    rows, clock = result["rows"], result["clock"]
+    kinds = [MEAN, *(kind for kind in result["judged_by"] if kind not in (MEAN, "existence"))]
+    batches = [str(batch) for batch in clock.get("batches", ())]
+    titles = ["plan", "tokens, mean over layers", "prefill FLOPs", "of no plan's mean", "− random, same tokens"]
+    titles += [f"{kind} %" for kind in kinds]
+    titles += [f"{title}, batch {batch}" for batch in batches for title in ("first token ms", "realised ratio")]
+    titles += ["ms/question, embedded model"]
+    parts = [_intro(result)]
+    for site in dict.fromkeys(row["site"] for row in rows if row["site"] != "none"):
+        chosen = [rows[0], *sorted((row for row in rows if row["site"] == site), key=_order)]
+        lines = [_line(row, kinds, batches) for row in chosen]
+        parts += [f"## {site[0].upper()}{site[1:]}", markdown(titles, lines)]
+    if result["left_out"]:
+        listed = "\n".join(f"- `{plan}`: {why}" for plan, why in result["left_out"].items())
+        parts.append(f"## Not in the tables\n\n{listed}")
+    return "\n\n".join(parts)
+
+
+def _intro(result: Mapping[str, Any]) -> str:
+    settings, clock = result["settings"], result["clock"]
+    gpus = result["environment"].get("gpus") or [{}]
+    parts = [
+        f"Accuracy: embedded model, scenes test split, {settings['questions']} questions, {settings['dtype']}, greedy. "
+        "In brackets the 95 % interval of the paired difference to no plan, in points (bootstrap over pictures).",
+        f"**{NOT_BETTER}**: the plan's mean accuracy {MARK} in the paired interval; random keeps the same number of "
+        "(token, layer) pairs at the language model's input, mean of three seeds.",
+    ]
+    if clock:
+        parts.append(
+            f"First token: {clock['model']} with random weights, {clock['dtype']}, engine {clock['engine']}, "
+            f"{gpus[0].get('name')}, median of {clock['repeats']}; a dash where what stays depends on the picture. "
+            "Realised ratio: time saved over what the saved prefill FLOPs are worth; 1 = all of it."
+        )
+    parts.append(f"Command: `{settings['command']}`, commit {result['environment']['commit']}.")
+    return "\n\n".join(parts)
+
+
+def _order(row: Mapping[str, Any]) -> tuple[float, float]:
+    return -(row["keep"] or 0), -row["kinds"][MEAN]["value"]
+
+
+def _line(row: Mapping[str, Any], kinds: Sequence[str], batches: Sequence[str]) -> list[str]:
+    against = row["against_random"].get(MEAN)
+    mark = "" if against is None else _points(against)
+    if against is not None and against["verdict"] != "better":
+        mark += f" **{NOT_BETTER}**"
+    line = [f"`{row['plan']}`", f"{100 * row['share']:.1f} %", f"{100 * row['prefill_flops']:.1f} %"]
+    line += [f"{100 * row['kept']:.1f} %", mark]
+    for kind in kinds:
+        paired = row["paired"].get(kind)
+        line.append(f"{100 * row['kinds'][kind]['value']:.1f}" + (f" [{_range(paired)}]" if paired else ""))
+    for batch in batches:
+        clock = row["clock"].get(batch)
+        line += [cell(clock and clock["first"]["median"]), cell(clock and clock["realised_ratio"], 2)]
+    return [*line, cell(sum(row["ms_per_question"].get(stage, 0) for stage in ("vision", "prefill")), 2)]
+
+
+def _points(entry: Mapping[str, float]) -> str:
+    return f"{100 * entry['value']:+.1f} [{_range(entry)}]".replace("-", "−")
+
+
+def _range(entry: Mapping[str, float]) -> str:
+    return f"{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}".replace("-", "−")
+
+
+def figure(result: Mapping[str, Any]) -> Figure:
+    """Mean accuracy against time to first token (the largest batch), and against tokens; one line per method.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    rows = result["rows"]
+    batches = [str(batch) for batch in result["clock"].get("batches", ())]
+    panels = {"visual tokens, mean over layers (%)": lambda row: 100 * row["share"]}
+    if batches:
+        name = f"time to first token, {result['clock']['model']}, batch {batches[-1]} (ms)"
+        panels[name] = lambda row: row["clock"].get(batches[-1], {}).get("first", {}).get("median")
+    drawn = Figure(figsize=(6.2 * len(panels), 6.4), layout="constrained")
+    axes = drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    lines: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
+    for row in rows[1:]:
+        lines.setdefault((row["plan"].partition("(")[0], "positions=keep" in row["plan"]), []).append(row)
+    names = list(dict.fromkeys(name for name, _ in lines))
+    colours = {name: colormaps["tab20"](index % 20) for index, name in enumerate(names)}
+    for axis, (label, cost) in zip(axes, panels.items(), strict=True):
+        for (name, keep), chosen in lines.items():
+            points = sorted((cost(row), 100 * row["kinds"][MEAN]["value"]) for row in chosen if cost(row) is not None)
+            if not points:
+                continue
+            blind = name in ("random", "grid", "pool", "downsample")
+            look: dict[str, Any] = {
+                "color": "black" if name == "random" else colours[name],
+                "ls": ":" if keep else "-",
+                "ms": 4,
+            }
+            look |= {"marker": "s" if blind else "o", "lw": 2.2 if name == "random" else 1.1}
+            axis.plot(*zip(*points, strict=True), label=f"{name}, positions=keep" if keep else name, **look)
+        axis.axhline(100 * rows[0]["kinds"][MEAN]["value"], color="#888888", lw=0.8, ls="--")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_xscale("log")
+    axes[0].set_ylabel("mean accuracy over kinds (%)")
+    handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
+    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=7)
+    return drawn
