@@ -18,11 +18,16 @@ Impl = Literal["auto", "triton", "reference"]
 log = logging.getLogger(__name__)
 
 
-def uses_triton(impl: Impl, tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of any of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def uses_triton(impl: Impl, tensor: torch.Tensor, *others: torch.Tensor | None, backward: bool = False) -> bool:
     """Whether `impl` means the Triton kernel for these inputs, all where `tensor` is; "auto" logs why it does not.
 
     Tensors on the CPU go to the reference, unless impl="triton" meets TRITON_INTERPRET=1: Triton's interpreter is there
-    for tests and far slower than the reference. So do inputs that need a gradient: the kernels have no backward.
+    for tests and far slower than the reference. So do inputs that need a gradient, unless there is a `backward`.
 
     Raises:
         ValueError: `impl` is none of the three names.
@@ -37,7 +42,7 @@ def uses_triton(impl: Impl, tensor: torch.Tensor, *others: torch.Tensor | None) 
         reason = "triton is not installed"
     elif not tensor.is_cuda and (impl == "auto" or os.environ.get("TRITON_INTERPRET") != "1"):
         reason = f"the tensors are on {tensor.device.type!r} and Triton's interpreter is not asked for"
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (tensor, *others)):
+    elif not backward and needs_gradient(tensor, *others):
         reason = "an input requires a gradient and the kernel has no backward"
     if reason is None:
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmefficient.kernels.common import Impl, launching_on, uses_triton
+from mmefficient.kernels.common import Impl, launching_on, needs_gradient, uses_triton
 from mmefficient.kernels.grouped_attention import reference
 from mmefficient.kernels.grouped_attention.layout import Layout, make_layout
 from mmefficient.kernels.grouped_attention.pattern import (
@@ -45,7 +45,7 @@ def grouped_attention(
     lse: bool = False,
     impl: Impl = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the pairs of `layout`. Only the reference has a backward: impl="auto" takes it for gradients.
+    """Attention over the pairs of `layout`. Differentiable; with partial results or a logit map by the reference alone.
 
     Logits s = scale * q.k become a * s + b * |s| + c, where the key's group has a map, plus the key's bias; pairs that
     do not exist are -inf; the softmax and all sums run in float32. A row that sees nothing gives zeros.
@@ -58,7 +58,7 @@ def grouped_attention(
         logit_map: (a, b, c) per head and key group, [3, B or 1, Hq, groups]. An additive bias per group is
             a = 1, b = 0, c.
         head_gain: factor on the output, broadcastable to [B, Hq, Nq].
-        scale: None = D ** -0.5.
+        scale: positive; None = D ** -0.5.
         partials: return every key group's own softmax instead of one over all keys. With m_g its mass under the whole
             softmax, softmax over g of the log-sum-exps, plain attention is the sum of m_g * out_g, and any other mix of
             masses is a method (`mix`).
@@ -71,20 +71,28 @@ def grouped_attention(
         [groups, B, Hq, Nq].
 
     Raises:
-        ValueError: shapes that do not fit each other.
-        RuntimeError: impl="triton" where it cannot run, or where an input requires a gradient.
+        ValueError: shapes that do not fit each other, or a scale that is not positive.
+        RuntimeError: impl="triton" where it cannot run, or for gradients through partial results or a map.
     """
     _check(q, k, v, layout, bias, logit_map, head_gain, partials)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if uses_triton(impl, q, k, v, bias, logit_map, head_gain):
-        from mmefficient.kernels.grouped_attention import kernel, op
+    if not scale > 0:
+        raise ValueError(f"scale has to be positive, not {scale}.")
+    tensors = (q, k, v, bias, logit_map, head_gain)
+    differentiable = not partials and logit_map is None
+    if uses_triton(impl, *tensors, backward=differentiable):
+        from mmefficient.kernels.grouped_attention import forward, op
 
         options = (bias, logit_map, head_gain, scale, partials, lse or partials)
-        if torch.compiler.is_compiling():
+        if needs_gradient(*tensors):
+            spread = None if bias is None else bias.expand(*q.shape[:2], k.shape[2])
+            out, found = op.grouped_op(q, k, v, *op.pack(layout), spread, None, None, scale, False, True)
+            out = out if head_gain is None else (out * head_gain[..., None]).to(q.dtype)
+        elif torch.compiler.is_compiling():
             out, found = op.grouped_op(q, k, v, *op.pack(layout), *options)
         else:  # past the dispatch of torch, which takes longer than a short prompt's attention
             with launching_on(q):
-                out, found = kernel.grouped_attention(q, k, v, layout, *options)
+                out, found = forward.grouped_attention(q, k, v, layout, *options)
     else:
         out, found = reference.grouped_attention(q, k, v, layout, bias, logit_map, head_gain, scale, partials)
     return (out, found) if lse or partials else out

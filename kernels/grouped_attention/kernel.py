@@ -1,184 +1,226 @@
 """`grouped_attention` in Triton, forward.
 
 One launch serves rows with a softmax and rows without. A program of the first kind takes one query block of one head
-and, when few blocks would leave processors idle, one part of its key blocks; parts are merged by a second launch. With
-partial results the parts are the key groups, each with its own list of blocks. Logits live in base 2.
+and, when few blocks would leave processors idle, one part of its key blocks; the part that finishes last merges them.
+With partial results every key group has a list of blocks, a softmax and an output of its own. The last query block
+reads the values of most rest rows anyway, so it can copy them.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from mmefficient.kernels.common import power_below, processors
-from mmefficient.kernels.grouped_attention.layout import Layout
-from mmefficient.kernels.grouped_attention.schedule import pairs, query_facts
-from mmefficient.kernels.merge import merge
-
-MIN_BLOCKS_PER_PART = 4
+from mmefficient.kernels.grouped_attention.schedule import known_of, pairs, query_facts
 
 
 @triton.jit
-def mapped(s, factors, map_f, map_g, bias_row, of, key, real, scale, MAP: tl.constexpr, BIAS: tl.constexpr):
-    """Base-2 logits after scale, map by group and bias; `factors` points at this head's a, `map_f` before b and c."""
+def mapped(s, shaping, of, key, scale, MAP: tl.constexpr, BIAS: tl.constexpr):
+    """Logits after scale, map by group and bias; without map and bias they are left unscaled, see `unit`.
+
+    `shaping`: this head's biases, its a, and the strides to b and c and to the next group.
+    """
+    bias, factors, map_f, map_g = shaping
     if MAP:
         s = s * scale
         a = tl.load(factors + of * map_g).to(tl.float32)
         m = tl.load(factors + map_f + of * map_g).to(tl.float32)
         c = tl.load(factors + 2 * map_f + of * map_g).to(tl.float32)
-        s = (a[None] * s + m[None] * tl.abs(s) + c[None]) * 1.4426950408889634
-    else:
-        s = s * (scale * 1.4426950408889634)
+        s = a[None] * s + m[None] * tl.abs(s) + c[None]
     if BIAS:
-        s += (tl.load(bias_row + key, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634)[None]
+        shift = tl.load(bias + key).to(tl.float32)[None]  # aligned rows, padded: see `padded_rows`
+        s = s + shift if MAP else s * scale + shift
     return s
 
 
 @triton.jit
+def unit(scale, MAP: tl.constexpr, BIAS: tl.constexpr):
+    """What turns the logits of `mapped` into exponents of two, inside the multiply-add that takes the maximum off."""
+    return 1.4426950408889634 if MAP or BIAS else scale * 1.4426950408889634
+
+
+@triton.jit
 def _step(
-    x, top, total, acc, facts, own, n, kb, k, v, k_n, v_n,
-    rules, role, page, row, col, segment, groups_of, mask, base, mask_base, keys, factors, map_f, map_g, bias_row,
-    scale, wanted,
+    x, top, total, acc, facts, own, n, kb, some, edge, k, v, k_n, v_n, rules, known, keys, shaping, scale, wanted,
+    copied, copies, out, o_n,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, MAP: tl.constexpr,
-    BIAS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PARTIAL: tl.constexpr,
+    BIAS: tl.constexpr, COPIES: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One key block of the running softmax."""
+    """One key block of the running softmax; `some`: not all of its pairs exist, `edge`: only because of the groups."""
     d = tl.arange(0, BLOCK_D)
     key = kb * BLOCK_N + tl.arange(0, BLOCK_N)
     real = key < keys
-    at_k = k + key[None].to(tl.int64) * k_n + d[:, None]
-    at_v = v + key[:, None].to(tl.int64) * v_n + d[None]
-    if PARTIAL:
-        y = tl.load(at_k, mask=(d < D)[:, None] & real[None], other=0.0)
-        z = tl.load(at_v, mask=(d < D)[None] & real[:, None], other=0.0)
-    elif D < BLOCK_D:
+    groups = known[5]
+    if COPIES:
+        to = tl.load(copied + key, mask=key < copies, other=-1)
+    place = tl.minimum(key, keys - 1).to(tl.int64)  # cheaper than a mask; what lies behind the end is no pair
+    at_k = k + place[None] * k_n + d[:, None]
+    at_v = v + place[:, None] * v_n + d[None]
+    if D < BLOCK_D:
         y = tl.load(at_k, mask=(d < D)[:, None], other=0.0)
         z = tl.load(at_v, mask=(d < D)[None], other=0.0)
     else:
         y = tl.load(at_k)
         z = tl.load(at_v)
-    raw = tl.dot(x, y, input_precision=PRECISION)
     of = key
-    if MAP or (GROUPS > 1 and PARTIAL):
-        of = tl.load(groups_of + key, mask=real, other=0)
-    logit = mapped(raw, factors, map_f, map_g, bias_row, of, key, real, scale, MAP, BIAS)
-    if PARTIAL:
-        ok = pairs(
-            facts, own, key, n, rules, role, page, row, col, segment, mask, base, mask_base, keys,
-            PLACES, SEGMENTS, MASKED,
-        )  # fmt: skip
-        if GROUPS > 1:
-            ok = ok & (of == wanted)[None]
+    if MAP:
+        of = tl.load(groups + key, mask=real, other=0)
+    logit = mapped(tl.dot(x, y, input_precision=PRECISION), shaping, of, key, scale, MAP, BIAS)
+    if GROUPS > 1:
+        if some:
+            mine = tl.load(groups + key, mask=real, other=-1) == wanted
+            logit = tl.where(mine[None], logit, float("-inf"))
+        some = some & (edge == 0)
+    if some:
+        ok = pairs(facts, own, key, n, rules, known, keys, PLACES, SEGMENTS, MASKED)
         logit = tl.where(ok, logit, float("-inf"))
     new = tl.maximum(top, tl.max(logit, 1))
-    safe = new
-    if PARTIAL or BIAS or MAP:  # a row may have seen nothing but -inf
-        safe = tl.where(new == float("-inf"), 0.0, new)
-    weight = tl.exp2(logit - safe[:, None])
-    fade = tl.exp2(top - safe)
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    power = unit(scale, MAP, BIAS)
+    weight = tl.exp2(logit * power - (safe * power)[:, None])
+    fade = tl.exp2((top - safe) * power)
     total = total * fade + tl.sum(weight, 1)
     acc = tl.dot(weight.to(z.dtype), z, acc * fade[:, None], input_precision=PRECISION)
+    if COPIES:
+        tl.store(out + to[:, None].to(tl.int64) * o_n + d[None], z, mask=(to >= 0)[:, None] & (d < D)[None])
     return new, total, acc
 
 
 @triton.jit
-def _soft_rows(
-    item, bh, b, bs, q, k, v, out, lse, part_out, part_lse, soft, blocks, counts, order, queries, rules,
-    role, page, row, col, segment, group, mask, bias, factors, map_f, map_g, gain, q_n, k_n, v_n, o_g, o_n, gain_n,
-    scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, kinds, parts,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
-    GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
-    LSE: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _merged(
+    acc, level, scratch, arrived, task, part, parts, tasks, slots, out, lse, o_n, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """One query block over one part of its keys."""
-    base = b * keys
-    lse_at = bh.to(tl.int64) * rows
-    lse_g = batch * heads * rows
+    """Leave a part where others find it; the last of `parts` (room is for PARTS) writes the merge of all."""
     d = tl.arange(0, BLOCK_D)
-    g = item % (GROUPS * parts) // parts
-    part = item % parts
-    qb = tl.load(order + bs * q_blocks + item // (GROUPS * parts))
-    slot = qb * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.load(soft + bs * padded + slot)
-    used = n >= 0
-    own = tl.load(queries + b * rows + n, mask=used, other=-1)
-    x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=used[:, None] & (d < D)[None], other=0.0)
-    facts = query_facts(own, rules, role, page, row, col, segment, base, PLACES, SEGMENTS)
-    mask_base = b.to(tl.int64) * rows * keys
+    levels = scratch + tasks * PARTS * BLOCK_M * D
+    spot = (task * PARTS + part) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(levels + spot, level)
+    tl.store(scratch + spot[:, None] * D + d[None], acc, mask=(d < D)[None])
+    tl.debug_barrier()  # every thread has stored before one of them says so
+    if tl.atomic_add(arrived + task, 1, sem="acq_rel", scope="gpu") == parts - 1:
+        tl.store(arrived + task, 0)
+        p = tl.arange(0, PARTS)
+        for start in range(0, BLOCK_M, CHUNK):  # all parts at a time: few waits for memory
+            row = start + tl.arange(0, CHUNK)
+            n = tl.load(slots + row)
+            place = (task * PARTS + p)[:, None] * BLOCK_M + row[None]
+            # past the L1 cache, which is not coherent: other processors wrote this
+            each = tl.load(levels + place, mask=(p < parts)[:, None], other=float("-inf"), cache_modifier=".cg")
+            inside = (p < parts)[:, None, None] & (d < D)[None, None]
+            at = scratch + place[:, :, None] * D + d[None, None]
+            value = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+            top = tl.max(each, 0)
+            safe = tl.where(top == float("-inf"), 0.0, top)
+            weight = tl.exp2(each - safe[None])
+            total = tl.sum(weight, 0)
+            mixed = tl.sum(value * weight[:, :, None], 0) / tl.where(total == 0, 1.0, total)[:, None]
+            at_out = out + n[:, None].to(tl.int64) * o_n + d[None]
+            tl.store(at_out, mixed.to(out.dtype.element_ty), mask=(n >= 0)[:, None] & (d < D)[None])
+            if LSE:
+                tl.store(lse + n, (safe + tl.log2(total)) * 0.6931471805599453, mask=n >= 0)
+
+
+@triton.jit
+def _soft_rows(
+    item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied, blocks, counts, queries, rules, known, shaping,
+    gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks,
+    kinds,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
+    GROUPS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
+    LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
+    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One query block over one part of its keys, of one group if there are several."""
+    d = tl.arange(0, BLOCK_D)
+    part = item % PARTS
+    g = item // PARTS % GROUPS
+    block = item // (PARTS * GROUPS)
+    qb = q_blocks - 1 - block
+    slots = lists + bs * padded + qb * BLOCK_M
+    n = tl.load(slots + tl.arange(0, BLOCK_M))
     lines = kinds * batch * PATTERNS * q_blocks
     line = (bs + (g + 1 if GROUPS > 1 else 0) * batch * PATTERNS) * q_blocks + qb
     partial = tl.load(counts + line)
     full = tl.load(counts + lines + line)
     some_blocks = blocks + line.to(tl.int64) * k_blocks
     all_blocks = some_blocks + lines * k_blocks
+    start = tl.load(all_blocks)
+    used = n >= 0
+    own = tl.load(queries + b * rows + n, mask=used, other=-1)
+    x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=used[:, None] & (d < D)[None], other=0.0)
+    facts = query_facts(own, rules, known, PLACES, SEGMENTS)
+    parts = 1
+    if PARTS > 1:  # short lists in fewer parts
+        parts = tl.minimum(PARTS, tl.maximum(partial + full, 2) // 2)
     first = part * (partial + full) // parts
     stop = (part + 1) * (partial + full) // parts
-    start = tl.load(all_blocks, mask=full > 0, other=0)
+    if part >= parts:
+        stop = first
+    copies = tl.where(block == 0, keys, 0)  # the last query block alone
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for i in range(first, tl.minimum(stop, full)):
-        kb = start + i if CONTIGUOUS else tl.load(all_blocks + i)
+    for i in range(first, stop):
+        if CONTIGUOUS:  # a load that is masked off costs no wait
+            entry = tl.where(i < full, start + i, tl.load(some_blocks + (i - full), mask=i >= full, other=0))
+        else:
+            entry = tl.load(tl.where(i < full, all_blocks + i, some_blocks + (i - full)))
         top, total, acc = _step(
-            x, top, total, acc, facts, own, n, kb, k, v, k_n, v_n, rules, role, page, row, col, segment,
-            group + base, mask, base, mask_base, keys, factors, map_f, map_g, bias, scale, g, D, BLOCK_D, BLOCK_N,
-            GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, False, PRECISION,
-        )  # fmt: skip
-    for i in range(tl.maximum(first - full, 0), tl.maximum(stop - full, 0)):
-        kb = tl.load(some_blocks + i)
-        top, total, acc = _step(
-            x, top, total, acc, facts, own, n, kb, k, v, k_n, v_n, rules, role, page, row, col, segment,
-            group + base, mask, base, mask_base, keys, factors, map_f, map_g, bias, scale, g, D, BLOCK_D, BLOCK_N,
-            GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, True, PRECISION,
+            x, top, total, acc, facts, own, n, entry & 0xFFFFFF, i >= full, entry >> 24, k, v, k_n, v_n, rules, known,
+            keys, shaping, scale, g, copied, copies, out, o_n, D, BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, COPIES, PLACES,
+            SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip
     factor = 1.0 / tl.where(total == 0, 1.0, total)
     if GAIN:
         factor *= tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)
     acc = acc * factor[:, None]
-    level = tl.where(total == 0, float("-inf"), top + tl.log2(total))
-    if SPLIT:
-        spot = ((g * parts + part) * batch * heads + bh).to(tl.int64) * (q_blocks * BLOCK_M) + slot
-        tl.store(part_lse + spot, level)
-        tl.store(part_out + spot[:, None] * D + d[None], acc, mask=(d < D)[None])
-    else:
-        at = out + g.to(tl.int64) * o_g + n[:, None].to(tl.int64) * o_n + d[None]
+    level = tl.where(total == 0, float("-inf"), top * unit(scale, MAP, BIAS) + tl.log2(total))
+    out += g.to(tl.int64) * o_g
+    lse += (g * batch * heads + bh).to(tl.int64) * rows
+    alone = parts == 1
+    if PARTS > 1:
+        if (parts > 1) & (part < parts):
+            task = ((block * GROUPS + g) * batch * heads + bh).to(tl.int64)
+            tasks = (task * 0 + soft_blocks) * GROUPS * batch * heads
+            _merged(
+                acc, level, scratch, arrived, task, part, parts, tasks, slots, out, lse, o_n, D, BLOCK_D, BLOCK_M,
+                PARTS, min(BLOCK_M, max(128 // PARTS, 1)), LSE,
+            )  # fmt: skip
+        alone = alone & (part == 0)
+    if alone:
+        at = out + n[:, None].to(tl.int64) * o_n + d[None]
         tl.store(at, acc.to(out.dtype.element_ty), mask=used[:, None] & (d < D)[None])
         if LSE:
-            tl.store(lse + g * lse_g + lse_at + n, level * 0.6931471805599453, mask=used)
+            tl.store(lse + n, level * 0.6931471805599453, mask=used)
 
 
 @triton.jit
 def _rest_rows(
-    item, bh, b, bs, q, k, v, out, lse, rest, source, group, bias, factors, map_f, map_g, gain,
-    q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded,
+    slots, sources, bh, q, k, v, out, lse, known, shaping, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale,
+    batch, heads, rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr, MAP: tl.constexpr,
     BIAS: tl.constexpr, GAIN: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """A block of rows that see themselves alone, or nothing."""
-    base = b * keys
-    lse_at = bh.to(tl.int64) * rows
-    lse_g = batch * heads * rows
     d = tl.arange(0, BLOCK_D)
-    slot = item * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.load(rest + bs * padded + slot)
+    n = tl.load(slots + tl.arange(0, BLOCK_M))
+    own = tl.load(sources + tl.arange(0, BLOCK_M))
     used = n >= 0
-    own = tl.load(source + bs * padded + slot)
     sees = own >= 0
     inside = sees[:, None] & (d < D)[None]
     value = tl.load(v + own[:, None].to(tl.int64) * v_n + d[None], mask=inside, other=0.0)
     if GAIN:
         value = value.to(tl.float32) * tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)[:, None]
     level = tl.zeros([BLOCK_M], tl.float32)
-    of = tl.load(group + base + own, mask=sees, other=-1)
+    of = tl.load(known[5] + own, mask=sees, other=-1)
     if LSE:
         x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=inside, other=0.0).to(tl.float32)
         y = tl.load(k + own[:, None].to(tl.int64) * k_n + d[None], mask=inside, other=0.0).to(tl.float32)
-        s = tl.sum(x * y, 1)[None]
-        level = mapped(s, factors, map_f, map_g, bias, tl.maximum(of, 0), own, sees, scale, MAP, BIAS)
-        level = tl.where(sees, tl.reshape(level, [BLOCK_M]) * 0.6931471805599453, float("-inf"))
+        s = mapped(tl.sum(x * y, 1)[None], shaping, tl.maximum(of, 0), tl.maximum(own, 0), scale, MAP, BIAS)
+        natural = unit(scale, MAP, BIAS) * 0.6931471805599453
+        level = tl.where(sees, tl.reshape(s, [BLOCK_M]) * natural, float("-inf"))
     at = out + n[:, None].to(tl.int64) * o_n + d[None]
     for g in tl.static_range(GROUPS):
         mine = value
@@ -189,28 +231,23 @@ def _rest_rows(
             here = level
             if GROUPS > 1:
                 here = tl.where(of == g, level, float("-inf"))
-            tl.store(lse + g * lse_g + lse_at + n, here, mask=used)
+            tl.store(lse + (g * batch * heads + bh).to(tl.int64) * rows + n, here, mask=used)
 
 
 @triton.jit
 def _forward(
-    q, k, v, out, lse, part_out, part_lse,
-    soft, rest, source, blocks, counts, order, queries, rules, head_pattern,
-    role, page, row, col, segment, group, mask, bias, factors, gain,
+    q, k, v, out, lse, scratch, arrived, bias, factors, gain,
+    lists, copied, blocks, counts, queries, rules, head_pattern, role, page, row, col, segment, group, mask,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_g, o_b, o_h, o_n, bias_b, bias_h, map_f, map_b,
     map_h, map_g, gain_b, gain_h, gain_n, scale,
-    batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, rest_blocks, kinds, parts,
+    batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds,
     REPEAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PATTERNS: tl.constexpr, GROUPS: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
-    GAIN: tl.constexpr, LSE: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr,
-    MASKED: tl.constexpr, HEADS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    PATTERNS: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
+    GAIN: tl.constexpr, LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
+    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    soft_items = soft_blocks * (GROUPS * parts)
-    pid = tl.program_id(0)
-    if HEADS_FIRST:
-        item, bh = pid // (batch * heads), pid % (batch * heads)
-    else:
-        item, bh = pid % (soft_items + rest_blocks), pid // (soft_items + rest_blocks)
+    pid = tl.program_id(0)  # heads vary fastest: programs running together read the same lists
+    item, bh = pid // (batch * heads), pid % (batch * heads)
     b, h = bh // heads, bh % heads
     bs = b * PATTERNS
     if PATTERNS > 1:
@@ -224,100 +261,20 @@ def _forward(
     gain += b.to(tl.int64) * gain_b + h.to(tl.int64) * gain_h
     bias += b.to(tl.int64) * bias_b + h.to(tl.int64) * bias_h
     factors += b.to(tl.int64) * map_b + h * map_h
+    known = known_of(role, page, row, col, segment, group, mask, b, keys, rows)
+    shaping = (bias, factors, map_f, map_g)
+    soft_items = soft_blocks * (PARTS * GROUPS)
     if item < soft_items:
         _soft_rows(
-            item, bh, b, bs, q, k, v, out, lse, part_out, part_lse, soft, blocks, counts, order,
-            queries, rules, role, page, row, col, segment, group, mask, bias, factors, map_f, map_g, gain, q_n,
-            k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks,
-            kinds, parts, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS, GROUPS, SPLIT, MAP, BIAS, GAIN, LSE,
-            CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
+            item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied + bs.to(tl.int64) * keys,
+            blocks, counts, queries, rules, known, shaping, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads,
+            rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS,
+            GROUPS, PARTS, MAP, BIAS, GAIN, LSE, COPIES, CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip
     else:
+        line = batch * PATTERNS * padded
+        slots = lists + (3 if COPIES else 1) * line + bs * padded + (item - soft_items) * BLOCK_M
         _rest_rows(
-            item - soft_items, bh, b, bs, q, k, v, out, lse, rest, source, group, bias, factors, map_f, map_g, gain,
-            q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, D, BLOCK_D,
-            BLOCK_M, GROUPS, MAP, BIAS, GAIN, LSE,
+            slots, slots + line, bh, q, k, v, out, lse, known, shaping, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale,
+            batch, heads, rows, D, BLOCK_D, BLOCK_M, GROUPS, MAP, BIAS, GAIN, LSE,
         )  # fmt: skip
-
-
-def tuning(block_m: int, head_dim: int, dtype: torch.dtype, places: bool) -> dict[str, int]:
-    """Warps and pipeline stages for blocks of `block_m` rows; `places`: the pattern compares places."""
-    if dtype == torch.float32:
-        return {"num_warps": 4, "num_stages": 1 if head_dim > 128 else 2}
-    return {"num_warps": 8 if block_m * head_dim > 8192 else 4, "num_stages": 2 if head_dim > 128 or places else 3}
-
-
-def parts_for(programs: int, longest: int, device: torch.device) -> int:
-    """Into how many parts the keys of a query block are split: one, as soon as every processor has a program.
-
-    Else a power of two: at least four of the `longest` key blocks to a part, eight programs to a processor, 16 parts.
-    """
-    if programs >= processors(device):
-        return 1
-    return power_below(min(longest // MIN_BLOCKS_PER_PART, 8 * processors(device) // max(programs, 1), 16))
-
-
-def grouped_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: Layout,
-    bias: torch.Tensor | None,
-    logit_map: torch.Tensor | None,
-    head_gain: torch.Tensor | None,
-    scale: float,
-    partials: bool,
-    lse: bool = True,
-    **override: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the public function. `override`: PARTS, HEADS_FIRST, num_warps, num_stages in place of the defaults."""
-    made = layout.schedule
-    if made is None:
-        raise ValueError("this layout was made for the reference; make it with impl='auto' or 'triton'.")
-    batch, heads, rows, dim = q.shape
-    keys, groups = k.shape[2], layout.groups if partials else 1
-    out = q.new_empty(groups, *q.shape, dtype=torch.float32) if partials else torch.empty_like(q)
-    found = torch.empty(groups, batch if lse else 0, heads, rows, dtype=torch.float32, device=q.device)
-    programs = made.soft_blocks * batch * heads * groups
-    parts = override.pop("PARTS", 0) or parts_for(programs, made.longest, q.device)
-    slots = made.soft.shape[-1]
-    part_out = part_lse = found
-    if parts > 1:
-        part_out = torch.empty(groups * parts, batch, heads, slots, dim, dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(groups * parts, batch, heads, slots, dtype=torch.float32, device=q.device)
-    spare = layout.role
-    bias_strides: tuple[int, ...] = (0, 0)
-    bias_row = spare
-    if bias is not None:
-        bias_row = bias.expand(batch, heads, keys)
-        bias_row = bias_row if bias_row.stride(2) == 1 else bias_row.contiguous()
-        bias_strides = bias_row.stride()[:2]
-    map_strides: tuple[int, ...] = (0, 0, 0, 0)
-    factors = spare
-    if logit_map is not None:
-        factors = logit_map.expand(3, batch, heads, -1)
-        map_strides = factors.stride()
-    gain_strides: tuple[int, ...] = (0, 0, 0)
-    gain = spare
-    if head_gain is not None:
-        gain = head_gain.expand(batch, heads, rows)
-        gain_strides = gain.stride()
-    settings = tuning(made.block_m, dim, q.dtype, layout.page is not None) | {"HEADS_FIRST": 1} | override
-    items = made.soft_blocks * groups * parts + made.rest_blocks
-    _forward[(items * batch * heads,)](
-        q, k, v, out, found, part_out, part_lse,
-        made.soft, made.rest, made.source, made.blocks, made.counts, made.order, layout.queries, layout.rules,
-        spare if layout.head_pattern is None else layout.head_pattern, *layout.pair_facts, bias_row, factors, gain,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], out.stride(0) if partials else 0, *out.stride()[-4:-1],
-        *bias_strides, *map_strides, *gain_strides, scale, batch, heads, rows, keys, slots,
-        made.order.shape[-1], made.state.shape[-1], made.soft_blocks, made.rest_blocks, made.state.shape[0], parts,
-        REPEAT=heads // k.shape[1], D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        BLOCK_M=made.block_m, BLOCK_N=made.block_n, PATTERNS=len(layout.rules), GROUPS=groups, SPLIT=parts > 1,
-        MAP=logit_map is not None, BIAS=bias is not None, GAIN=head_gain is not None, LSE=lse,
-        CONTIGUOUS=made.contiguous, PLACES=layout.page is not None, SEGMENTS=layout.segment is not None,
-        MASKED=layout.mask is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **settings,
-    )  # fmt: skip
-    if parts > 1:
-        used = made.soft_blocks * made.block_m
-        merge(part_out, part_lse, out, found if lse else None, parts, used, made.soft, layout.head_pattern)
-    return out, found if partials else found[0]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -23,30 +24,33 @@ class Schedule:
 
     Attributes:
         block_m, block_n: rows of a query block, keys of a key block.
-        soft, rest: int32 [B, S, Q * block_m], query rows of either kind; -1 = none.
-        source: int32 like `rest`, the one key such a row sees; -1 = it sees nothing.
-        state: int8 [P, B, S, Q, K]: 0 = no pair exists, 1 = some do, 2 = all. Index 0 of P stands for all groups.
-        blocks: int32 [2, P, B, S, Q, K]: the partial (0) and the full (1) key blocks of each query block.
+        lists: int32 [5, B, S, Q * block_m]; -1 = none. 0: soft rows, the last one in the last place, so that blocks
+            of rows that see most are full. 1, 2: rest rows, and the one key each sees (-1 = nothing). 3, 4: like 1 and
+            2, without the rows of `copied`.
+        copied: int32 [B, S, Nk], the rest row that sees this key alone, and to which the last query block, which reads
+            the key's value anyway, copies it; -1 = none.
+        blocks: int32 [2, P, B, S, Q, K]: the partial (0) and the full (1) key blocks of each query block. Bit 24:
+            partial only because some keys are of another group.
         counts: int32 [2, P, B, S, Q].
-        order: int32 [B, S, Q], query blocks by falling cost.
-        soft_blocks, rest_blocks: blocks that hold rows, at most.
-        longest: key blocks of one query block, at most.
+        soft_blocks, rest_blocks, left_blocks: blocks that hold rows of these kinds, at most.
+        longest: key blocks of one query block, at most; work: key blocks of all query blocks.
         contiguous: the full key blocks of every query block follow each other.
+        launches: what is known about earlier calls with this schedule, so that later ones start faster.
     """
 
     block_m: int
     block_n: int
-    soft: torch.Tensor
-    rest: torch.Tensor
-    source: torch.Tensor
-    state: torch.Tensor
+    lists: torch.Tensor
+    copied: torch.Tensor
     blocks: torch.Tensor
     counts: torch.Tensor
-    order: torch.Tensor
     soft_blocks: int
     rest_blocks: int
+    left_blocks: int
     longest: int
+    work: int
     contiguous: bool
+    launches: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +137,7 @@ def make_layout(
 ) -> Layout:
     """Plan the attention of a prompt, once for all layers.
 
-    Tokens stand in prompt order; "before" and "after" mean that order. Reads five integers back from the device.
+    Tokens stand in prompt order; "before" and "after" mean that order. Reads seven integers back from the device.
 
     Args:
         role: [B, Nk], any integer type: 0 padding, 1 system text, 2 visual, 3 separator, 4 other text.

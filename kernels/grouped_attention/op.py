@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 
-from mmefficient.kernels.grouped_attention import kernel
+from mmefficient.kernels.grouped_attention import backward, forward
 from mmefficient.kernels.grouped_attention.layout import Layout, Schedule
 
 SCHEDULE = [f.name for f in fields(Schedule) if f.type == "torch.Tensor"]
-NUMBERS = [f.name for f in fields(Schedule) if f.type != "torch.Tensor"]
+NUMBERS = [f.name for f in fields(Schedule) if f.type in ("int", "bool")]
 FACTS = [f.name for f in fields(Layout) if str(f.type).startswith("torch.Tensor")]
 
 
@@ -48,7 +49,7 @@ def _forward(
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = unpack(tensors, numbers)
-    return kernel.grouped_attention(q, k, v, layout, bias, logit_map, head_gain, scale, partials, lse)
+    return forward.grouped_attention(q, k, v, layout, bias, logit_map, head_gain, scale, partials, lse)
 
 
 grouped_op = torch.library.custom_op(
@@ -76,4 +77,71 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lead = (numbers[1],) if partials else ()
     out = q.new_empty(*lead, *q.shape, dtype=torch.float32) if partials else torch.empty_like(q)
-    return out, q.new_empty(*lead, *q.shape[:3] if lse else (0, *q.shape[1:3]), dtype=torch.float32)
+    return out, q.new_empty(*lead, *q.shape[:2], q.shape[2] if lse else 0, dtype=torch.float32)
+
+
+def _backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    numbers: list[int],
+    bias: torch.Tensor | None,
+    scale: float,
+    bias_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    layout = unpack(tensors, numbers)
+    return backward.grouped_attention_backward(q, k, v, out, lse, d_out, d_lse, layout, bias, scale, bias_grad)
+
+
+backward_op = torch.library.custom_op(
+    "mmefficient::grouped_attention_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor d_out, Tensor? d_lse, Tensor[] tensors, "
+    "int[] numbers, Tensor? bias, float scale, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@backward_op.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    numbers: list[int],
+    bias: torch.Tensor | None,
+    scale: float,
+    bias_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    d_bias = q.new_empty(*q.shape[:2], k.shape[2] if bias_grad else 0, dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_bias
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, tensors, numbers, bias, logit_map, head_gain, scale, partials, lse = inputs
+    if logit_map is not None or head_gain is not None or partials or not lse:
+        raise RuntimeError("the backward of the kernel needs the log-sum-exp and knows no groups, maps or gains.")
+    ctx.save_for_backward(q, k, v, bias, *output, *tensors)
+    ctx.numbers, ctx.scale = numbers, scale
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) -> tuple[Any, ...]:
+    q, k, v, bias, out, lse, *tensors = ctx.saved_tensors
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    wanted = ctx.needs_input_grad[5]
+    found = backward_op(q, k, v, out, lse, d_out, d_lse, tensors, ctx.numbers, bias, ctx.scale, wanted)
+    d_bias = found[3].to(bias.dtype) if wanted else None
+    return *found[:3], [None] * len(tensors), None, d_bias, None, None, None, None, None
+
+
+grouped_op.register_autograd(_differentiate, setup_context=_remember)

@@ -1,4 +1,4 @@
-"""The plan of blocks, computed on the device: three small kernels and one read of five integers."""
+"""The plan of blocks, computed on the device: one small kernel and one read of seven integers."""
 
 from __future__ import annotations
 
@@ -8,241 +8,269 @@ import torch
 import triton
 import triton.language as tl
 
+from mmefficient.kernels.common import ceil_div, power_above
 from mmefficient.kernels.grouped_attention.layout import Layout, Schedule
+from mmefficient.kernels.launch import begin, launch
 
 
 @triton.jit
-def query_facts(own, rules, role, page, row, col, segment, base, PLACES: tl.constexpr, SEGMENTS: tl.constexpr):
+def known_of(role, page, row, col, segment, group, mask, b, keys, rows):
+    """Where the facts about the keys of row b of the batch begin, and its mask: a tuple that the others here take."""
+    base = b.to(tl.int64) * keys
+    return role + base, page + base, row + base, col + base, segment + base, group + base, mask + base * rows
+
+
+@triton.jit
+def query_facts(own, rules, known, PLACES: tl.constexpr, SEGMENTS: tl.constexpr):
     """Facts about the rows whose own keys are `own` (-1 = no row), a tuple that `pairs` takes."""
+    role, page, row, col, segment, _group, _mask = known
     real = own >= 0
-    at = base + own
-    which = tl.load(role + at, mask=real, other=0)
+    which = tl.load(role + own, mask=real, other=0)
     rule = tl.load(rules + which)
     p, r, c, z = own, own, own, own
     if PLACES:
-        p = tl.load(page + at, mask=real, other=-2)
-        r = tl.load(row + at, mask=real, other=0)
-        c = tl.load(col + at, mask=real, other=0)
+        p = tl.load(page + own, mask=real, other=-2)
+        r = tl.load(row + own, mask=real, other=0)
+        c = tl.load(col + own, mask=real, other=0)
     if SEGMENTS:
-        z = tl.load(segment + at, mask=real, other=-2)
+        z = tl.load(segment + own, mask=real, other=-2)
     return rule, p, r, c, z
 
 
 @triton.jit
 def pairs(
-    facts,
-    own,
-    key,
-    query_row,
-    rules,
-    role,
-    page,
-    row,
-    col,
-    segment,
-    mask,
-    base,
-    mask_base,
-    keys,
-    PLACES: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """bool [rows, keys]: which pairs exist."""
+    facts, own, key, n, rules, known, keys, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """bool [rows, keys]: which pairs of query rows n (-1 = none), whose own keys are `own`, and keys exist."""
     rule, p, r, c, z = facts
+    role, page, row, col, segment, _group, mask = known
     real = key < keys
-    which = tl.load(role + base + key, mask=real, other=0)
+    which = tl.load(role + key, mask=real, other=0)
     bit = tl.where(which > 0, 1 << which, 0)
     sets = tl.where(key[None] <= own[:, None], (rule & 0xFF)[:, None], ((rule >> 8) & 0xFF)[:, None])
     near = key[None] == own[:, None]
     if PLACES:
         radius = tl.load(rules + 5)
-        same = p[:, None] == tl.load(page + base + key, mask=real, other=-1)[None]
-        high = tl.abs(r[:, None] - tl.load(row + base + key, mask=real, other=0)[None]) <= radius
-        wide = tl.abs(c[:, None] - tl.load(col + base + key, mask=real, other=0)[None]) <= radius
+        same = p[:, None] == tl.load(page + key, mask=real, other=-1)[None]
+        high = tl.abs(r[:, None] - tl.load(row + key, mask=real, other=0)[None]) <= radius
+        wide = tl.abs(c[:, None] - tl.load(col + key, mask=real, other=0)[None]) <= radius
         near = near | (same & high & wide)
     ok = ((sets & bit[None]) != 0) & (near | (((rule >> 16)[:, None] & bit[None]) == 0)) & (own >= 0)[:, None]
     if SEGMENTS:
-        ok = ok & (z[:, None] == tl.load(segment + base + key, mask=real, other=-1)[None])
+        ok = ok & (z[:, None] == tl.load(segment + key, mask=real, other=-1)[None])
     if MASKED:
-        at = mask + mask_base + query_row[:, None].to(tl.int64) * keys + key[None]
-        ok = ok & (tl.load(at, mask=(query_row >= 0)[:, None] & real[None], other=0) != 0)
+        at = mask + n[:, None].to(tl.int64) * keys + key[None]
+        ok = ok & (tl.load(at, mask=(n >= 0)[:, None] & real[None], other=0) != 0)
     return ok
 
 
 @triton.jit
-def _sort_rows(
-    role, queries, rules, soft, rest, source, needs, keys, rows, padded, patterns,
-    SIMPLE: tl.constexpr, STEP: tl.constexpr,
+def _sorted(role, queries, rules, b, start, keys, rows, SIMPLE: tl.constexpr, STEP: tl.constexpr):
+    """Of `STEP` query rows from `start`: the row, its own key, whether it is soft or a rest row, and its source."""
+    n = start + tl.arange(0, STEP)
+    inside = n < rows
+    own = tl.load(queries + b * rows + n, mask=inside, other=-1)
+    which = tl.load(role + b * keys + own, mask=own >= 0, other=0)
+    rule = tl.load(rules + which)
+    solo = (own < 0) | (which == 0)
+    if SIMPLE:
+        solo = solo | ((rule >> 24) != 0)
+    source = tl.where((which > 0) & ((rule & 0xFF) != 0), own, -1)
+    return n, own, (inside & ~solo).to(tl.int32), (inside & solo).to(tl.int32), source
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _both(a, b):
+    return a & b
+
+
+@triton.jit
+def _plan(
+    role, page, row, col, segment, group, mask, queries, rules, lists, copied, blocks, counts, needs, state,
+    keys, rows, padded, batch, patterns, q_blocks, k_blocks,
+    KINDS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Split the query rows of one row of the batch into those that need a softmax and the others, order kept."""
-    b = tl.program_id(0)
-    s = tl.program_id(1)
-    out = (b * patterns + s) * padded
-    n_soft = 0
-    n_rest = 0
-    for start in range(0, rows, STEP):
-        n = start + tl.arange(0, STEP)
-        inside = n < rows
-        own = tl.load(queries + b * rows + n, mask=inside, other=-1)
-        which = tl.load(role + b * keys + own, mask=own >= 0, other=0)
-        rule = tl.load(rules + s * 6 + which)
-        solo = (own < 0) | (which == 0)
-        if SIMPLE:
-            solo = solo | ((rule >> 24) != 0)
-        is_soft = (inside & ~solo).to(tl.int32)
-        is_rest = (inside & solo).to(tl.int32)
-        tl.store(soft + out + n_soft + tl.cumsum(is_soft, 0) - 1, n, mask=is_soft != 0)
-        spot = out + n_rest + tl.cumsum(is_rest, 0) - 1
-        tl.store(rest + spot, n, mask=is_rest != 0)
-        tl.store(source + spot, tl.where((which > 0) & ((rule & 0xFF) != 0), own, -1), mask=is_rest != 0)
-        n_soft += tl.sum(is_soft, 0)
-        n_rest += tl.sum(is_rest, 0)
-    tl.atomic_max(needs, n_soft)
-    tl.atomic_max(needs + 1, n_rest)
-
-
-@triton.jit
-def _classify(
-    soft,
-    state,
-    queries,
-    rules,
-    role,
-    page,
-    row,
-    col,
-    segment,
-    group,
-    mask,
-    keys,
-    rows,
-    padded,
-    batch,
-    patterns,
-    q_blocks,
-    k_blocks,
-    GROUPS: tl.constexpr,
-    PLACES: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """State of one (query block, key block): no pair exists, some, or all; over all groups and for each."""
-    kb = tl.program_id(0)
-    qb = tl.program_id(1)
-    bs = tl.program_id(2)
+    """One query block: its rows, and which key blocks they see in part or whole. The last one also lists rest rows."""
+    begin(OVERLAP)
+    qb = q_blocks - 1 - tl.program_id(0)
+    bs = tl.program_id(1)
+    kind = tl.program_id(2)
     b = bs // patterns
-    s = bs % patterns
-    n = tl.load(soft + bs * padded + qb * BLOCK_M + tl.arange(0, BLOCK_M))
-    at = state + (bs * q_blocks + qb) * k_blocks + kb
-    step = batch * patterns * q_blocks * k_blocks
-    if tl.max(n, 0) < 0:
-        for g in tl.static_range(GROUPS):
-            tl.store(at + g * step, 0)
-    else:
+    rules += bs % patterns * 6
+    soft = lists + bs * padded
+    copied += bs.to(tl.int64) * keys
+    n_soft = 0
+    for start in range(0, rows, STEP):
+        n, own, is_soft, is_rest, source = _sorted(role, queries, rules, b, start, keys, rows, not MASKED, STEP)
+        n_soft += tl.sum(is_soft, 0)
+    rank = padded - n_soft
+    slot = qb * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(soft + slot, -1, mask=slot < rank)
+    line = (kind * batch * patterns + bs) * q_blocks + qb
+    lines = KINDS * batch * patterns * q_blocks
+    n_partial = 0
+    n_full = 0
+    gaps = 0
+    if ((qb + 1) * BLOCK_M > rank) | (qb == q_blocks - 1):
+        for start in range(0, rows, STEP):
+            n, own, is_soft, is_rest, source = _sorted(role, queries, rules, b, start, keys, rows, not MASKED, STEP)
+            at = rank + tl.cumsum(is_soft, 0) - 1
+            mine = (is_soft != 0) & (at >= qb * BLOCK_M) & (at < (qb + 1) * BLOCK_M)
+            tl.store(soft + at, n, mask=mine)
+            rank += tl.sum(is_soft, 0)
+        tl.debug_barrier()
+        n = tl.load(soft + slot)
         own = tl.load(queries + b * rows + n, mask=n >= 0, other=-1)
-        key = kb * BLOCK_N + tl.arange(0, BLOCK_N)
-        facts = query_facts(own, rules + s * 6, role, page, row, col, segment, b * keys, PLACES, SEGMENTS)
-        mask_base = b.to(tl.int64) * rows * keys
-        ok = pairs(
-            facts, own, key, n, rules + s * 6, role, page, row, col, segment, mask, b * keys, mask_base, keys,
-            PLACES, SEGMENTS, MASKED,
-        )  # fmt: skip
-        some = tl.max(tl.max(ok.to(tl.int32), 1), 0)
-        every = tl.min(tl.min((ok | (n < 0)[:, None]).to(tl.int32), 1), 0)
-        tl.store(at, some + every)
-        if GROUPS > 1:
-            of = tl.load(group + b * keys + key, mask=key < keys, other=-1)
-            for g in tl.static_range(1, GROUPS):
-                inside = ok & (of == g - 1)[None]
-                some_g = tl.max(tl.max(inside.to(tl.int32), 1), 0)
-                every_g = tl.min(tl.min((inside | (n < 0)[:, None]).to(tl.int32), 1), 0)
-                tl.store(at + g * step, some_g + every_g)
-
-
-@triton.jit
-def _list_blocks(
-    state, blocks, counts, needs, across, outer, inner, stride_out, stride_in, half, half_counts, STEP: tl.constexpr
-):
-    """Collect the partial and the full blocks along one line of `state`."""
-    line = tl.program_id(0)
-    at = state + (line // outer) * (outer * inner) + (line % outer) * stride_out
-    for kind in tl.static_range(2):
-        found = 0
-        last = 0
-        first = across
-        for start in range(0, inner, STEP):
-            i = start + tl.arange(0, STEP)
-            hit = (tl.load(at + i * stride_in, mask=i < inner, other=0) == kind + 1).to(tl.int32)
-            spot = blocks + kind * half + line.to(tl.int64) * inner + found + tl.cumsum(hit, 0) - 1
-            tl.store(spot, i, mask=hit != 0)
-            found += tl.sum(hit, 0)
-            last = tl.maximum(last, tl.max(tl.where(hit != 0, i, -1), 0))
-            first = tl.minimum(first, tl.min(tl.where(hit != 0, i, across), 0))
-        tl.store(counts + kind * half_counts + line, found)
-        tl.atomic_max(needs + 2 + kind, found)
-        if kind == 1:
-            tl.atomic_max(needs + 4, ((found > 0) & (last - first + 1 != found)).to(tl.int32))
-
-
-def list_blocks(
-    state: torch.Tensor, needs: torch.Tensor, transposed: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists of the partial and the full blocks along the last axis of `state` (or the one before), and their counts."""
-    outer, inner = state.shape[-2:]
-    strides = (inner, 1)
-    if transposed:
-        outer, inner, strides = inner, outer, (1, inner)
-    lead = state.shape[:-2]
-    blocks = torch.empty(2, *lead, outer, inner, dtype=torch.int32, device=state.device)
-    counts = torch.empty(2, *lead, outer, dtype=torch.int32, device=state.device)
-    step = min(1024, triton.next_power_of_2(inner))
-    _list_blocks[(counts[0].numel(),)](
-        state, blocks, counts, needs, 1 << 30, outer, inner, *strides, blocks[0].numel(), counts[0].numel(), STEP=step
-    )
-    return blocks, counts
+        known = known_of(role, page, row, col, segment, group, mask, b, keys, rows)
+        facts = query_facts(own, rules, known, PLACES, SEGMENTS)
+        rule = facts[0]
+        state += line.to(tl.int64) * k_blocks
+        low = tl.min(tl.where(n >= 0, own, keys), 0)
+        high = tl.max(own, 0)
+        any_before = tl.reduce(tl.where(n >= 0, rule & 0xFF, 0), 0, _either)
+        all_before = tl.reduce(tl.where(n >= 0, rule & 0xFF, 0xFF), 0, _both)
+        any_behind = tl.reduce(tl.where(n >= 0, rule >> 8 & 0xFF, 0), 0, _either)
+        all_behind = tl.reduce(tl.where(n >= 0, rule >> 8 & 0xFF, 0xFF), 0, _both)
+        near = tl.reduce(tl.where(n >= 0, rule >> 16 & 0xFF, 0), 0, _either)
+        first = k_blocks
+        last = -1
+        for start in range(0, k_blocks, WIDE):  # a block before all rows, or behind, is known by the roles it holds
+            kb = start + tl.arange(0, WIDE)
+            key = kb[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None]
+            real = key < keys
+            bit = 1 << tl.load(role + b.to(tl.int64) * keys + key, mask=real, other=0)
+            present = tl.reduce(bit, 1, _either)
+            mine = real
+            if KINDS > 1:
+                of = tl.load(group + b.to(tl.int64) * keys + key, mask=real, other=-1)
+                mine = tl.where(kind > 0, of, -1) == kind - 1
+            before = kb * BLOCK_N + BLOCK_N - 1 <= low
+            sure = (before | (kb * BLOCK_N > high)) & ((near & present) == 0)
+            if SEGMENTS or MASKED:
+                sure = kb < 0
+            seen = tl.where(before, any_before, any_behind) & tl.reduce(tl.where(mine, bit, 0), 1, _either)
+            whole = (present & ~tl.where(before, all_before, all_behind)) == 0
+            whole_group = whole & (tl.min(mine.to(tl.int32), 1) != 0)
+            found = tl.where(seen != 0, tl.where(whole_group, 2, tl.where(whole, 3, 1)), 0)
+            tl.store(state + kb, found, mask=kb < k_blocks)
+            unsure = ~sure & (kb < k_blocks)
+            first = tl.minimum(first, tl.min(tl.where(unsure, kb, k_blocks), 0))
+            last = tl.maximum(last, tl.max(tl.where(unsure, kb, -1), 0))
+        tl.debug_barrier()
+        for start in range(first, last + 1, CHUNK):  # any other pair by pair
+            kb = start + tl.arange(0, CHUNK)
+            key = start * BLOCK_N + tl.arange(0, CHUNK * BLOCK_N)
+            ok = pairs(facts, own, key, n, rules, known, keys, PLACES, SEGMENTS, MASKED)
+            whole = tl.min(tl.reshape(tl.min((ok | (n < 0)[:, None]).to(tl.int32), 0), [CHUNK, BLOCK_N]), 1)
+            if KINDS > 1:
+                of = tl.load(group + b.to(tl.int64) * keys + key, mask=key < keys, other=-1)
+                ok = ok & (tl.where(kind > 0, of, -1) == kind - 1)[None]
+            some = tl.max(tl.reshape(tl.max(ok.to(tl.int32), 0), [CHUNK, BLOCK_N]), 1)
+            every = tl.min(tl.reshape(tl.min((ok | (n < 0)[:, None]).to(tl.int32), 0), [CHUNK, BLOCK_N]), 1)
+            found = tl.where(some > 0, tl.where(every > 0, 2, tl.where(whole > 0, 3, 1)), 0)
+            tl.store(state + kb, found, mask=kb < k_blocks)
+        tl.debug_barrier()
+        first = k_blocks
+        last = -1
+        for start in range(0, k_blocks, WIDE):
+            kb = start + tl.arange(0, WIDE)
+            found = tl.load(state + kb, mask=kb < k_blocks, other=0)
+            partial = (found % 2).to(tl.int32)
+            full = (found == 2).to(tl.int32)
+            to = blocks + line.to(tl.int64) * k_blocks + tl.cumsum(partial, 0) - 1 + n_partial
+            tl.store(to, kb + ((found == 3).to(tl.int32) << 24), mask=partial != 0)
+            to = blocks + (lines + line).to(tl.int64) * k_blocks + tl.cumsum(full, 0) - 1 + n_full
+            tl.store(to, kb, mask=full != 0)
+            n_partial += tl.sum(partial, 0)
+            n_full += tl.sum(full, 0)
+            first = tl.minimum(first, tl.min(tl.where(full != 0, kb, k_blocks), 0))
+            last = tl.maximum(last, tl.max(tl.where(full != 0, kb, -1), 0))
+        gaps = ((n_full > 0) & (last - first + 1 != n_full)).to(tl.int32)
+    tl.store(counts + line, n_partial)
+    tl.store(counts + lines + line, n_full)
+    tl.atomic_max(needs + 3, n_partial)
+    tl.atomic_max(needs + 4, n_full)
+    tl.atomic_max(needs + 5, gaps)
+    if kind == 0:
+        tl.atomic_add(needs + 6, n_partial + n_full)
+    if (qb == q_blocks - 1) & (kind == 0):
+        for start in range(0, keys, STEP):
+            key = start + tl.arange(0, STEP)
+            tl.store(copied + key, -1, mask=key < keys)
+        tl.debug_barrier()
+        step = batch * patterns * padded
+        n_rest = 0
+        n_left = 0
+        for start in range(0, rows, STEP):
+            n, own, is_soft, is_rest, source = _sorted(role, queries, rules, b, start, keys, rows, not MASKED, STEP)
+            to = soft + step + n_rest + tl.cumsum(is_rest, 0) - 1
+            tl.store(to, n, mask=is_rest != 0)
+            tl.store(to + step, source, mask=is_rest != 0)
+            n_rest += tl.sum(is_rest, 0)
+            real = (is_rest != 0) & (source >= 0)
+            before = tl.load(queries + b * rows + n - 1, mask=real & (n > 0), other=-1)
+            seen = tl.load(state + source // BLOCK_N, mask=real, other=0) != 0
+            taken = real & seen & (before != own)
+            tl.store(copied + source, n, mask=taken)
+            is_left = ((is_rest != 0) & ~taken).to(tl.int32)
+            to = soft + 3 * step + n_left + tl.cumsum(is_left, 0) - 1
+            tl.store(to, n, mask=is_left != 0)
+            tl.store(to + step, source, mask=is_left != 0)
+            n_left += tl.sum(is_left, 0)
+        for start in range(0, padded, STEP):
+            at = start + tl.arange(0, STEP)
+            tl.store(soft + step + at, -1, mask=(at >= n_rest) & (at < padded))
+            tl.store(soft + 2 * step + at, -1, mask=(at >= n_rest) & (at < padded))
+            tl.store(soft + 3 * step + at, -1, mask=(at >= n_left) & (at < padded))
+            tl.store(soft + 4 * step + at, -1, mask=(at >= n_left) & (at < padded))
+        tl.atomic_max(needs, n_soft)
+        tl.atomic_max(needs + 1, n_rest)
+        tl.atomic_max(needs + 2, n_left)
 
 
 def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
     """The layout with its `Schedule` for blocks of `block_m` rows by `block_n` keys."""
     batch, rows = layout.queries.shape
     keys, patterns, device = layout.role.shape[1], len(layout.rules), layout.role.device
-    q_blocks, k_blocks = triton.cdiv(rows, block_m), triton.cdiv(keys, block_n)
-    padded = q_blocks * block_m
-    split = torch.full((3, batch, patterns, padded), -1, dtype=torch.int32, device=device)
-    soft, rest, source = split
-    needs = torch.zeros(5, dtype=torch.int32, device=device)
-    step = min(1024, triton.next_power_of_2(rows))
-    _sort_rows[(batch, patterns)](
-        layout.role, layout.queries, layout.rules, soft, rest, source, needs, keys, rows, padded, patterns,
-        SIMPLE=layout.mask is None, STEP=step,
-    )  # fmt: skip
+    q_blocks, k_blocks = ceil_div(rows, block_m), ceil_div(keys, block_n)
     kinds = 1 if layout.groups == 1 else 1 + layout.groups
+    lists = torch.empty(5, batch, patterns, q_blocks * block_m, dtype=torch.int32, device=device)
+    copied = torch.empty(batch, patterns, keys, dtype=torch.int32, device=device)
+    blocks = torch.empty(2, kinds, batch, patterns, q_blocks, k_blocks, dtype=torch.int32, device=device)
+    counts = torch.empty(2, kinds, batch, patterns, q_blocks, dtype=torch.int32, device=device)
+    needs = torch.zeros(7, dtype=torch.int32, device=device)
     state = torch.empty(kinds, batch, patterns, q_blocks, k_blocks, dtype=torch.int8, device=device)
-    _classify[(k_blocks, q_blocks, batch * patterns)](
-        soft, state, layout.queries, layout.rules, *layout.pair_facts, keys, rows, padded, batch, patterns,
-        q_blocks, k_blocks, GROUPS=kinds,
-        PLACES=layout.page is not None, SEGMENTS=layout.segment is not None, MASKED=layout.mask is not None,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+    launch(
+        _plan,
+        (q_blocks, batch * patterns, kinds),
+        (*layout.pair_facts, layout.queries, layout.rules, lists, copied, blocks, counts, needs, state),
+        (keys, rows, q_blocks * block_m, batch, patterns, q_blocks, k_blocks),
+        (
+            kinds, layout.page is not None, layout.segment is not None, layout.mask is not None, block_m, block_n,
+            64, 2, min(2048, power_above(max(rows, keys))),
+        ),
+        num_warps=8,
     )  # fmt: skip
-    blocks, counts = list_blocks(state, needs)
-    order = counts[:, 0].sum(0).argsort(-1, descending=True).int()
-    n_soft, n_rest, partial, full, gaps = needs.tolist()
+    n_soft, n_rest, n_left, partial, full, gaps, work = needs.tolist()
     made = Schedule(
         block_m=block_m,
         block_n=block_n,
-        soft=soft,
-        rest=rest,
-        source=source,
-        state=state,
+        lists=lists,
+        copied=copied,
         blocks=blocks,
         counts=counts,
-        order=order,
-        soft_blocks=triton.cdiv(n_soft, block_m),
-        rest_blocks=triton.cdiv(n_rest, block_m),
+        soft_blocks=ceil_div(n_soft, block_m),
+        rest_blocks=ceil_div(n_rest, block_m),
+        left_blocks=ceil_div(n_left, block_m),
         longest=partial + full,
+        work=work,
         contiguous=not gaps,
     )
     return replace(layout, schedule=made)

@@ -17,8 +17,8 @@ from mmefficient.kernels.grouped_attention import (
     Layout,
     Pattern,
     causal,
+    forward,
     grouped_attention,
-    kernel,
     make_layout,
     no_visual_self_attention,
     window,
@@ -93,15 +93,15 @@ def tuned(
 
             def run(layout: Layout = layout, choice: dict[str, Any] = choice) -> torch.Tensor:
                 options = (None, None, None, D**-0.5, False, False)
-                return kernel.grouped_attention(p.q, p.k, p.v, layout, *options, **choice)[0]
+                return forward.grouped_attention(p.q, p.k, p.v, layout, *options, **choice)[0]
 
             label = " ".join(f"{key.removeprefix('num_')[:5]}{value}" for key, value in choice.items())
             yield Case(table, name, f"ours {block[0]}x{block[1]} {label}", run, partial(p.check, pattern, run))
 
 
 def choices(*settings: tuple[int, int, int, int]) -> list[dict[str, int]]:
-    """Overrides of the kernel from (parts, heads first, warps, stages)."""
-    return [dict(zip(("PARTS", "HEADS_FIRST", "num_warps", "num_stages"), s, strict=True)) for s in settings]
+    """Overrides of the kernel from (parts, whether the last query block copies rest rows, warps, stages)."""
+    return [dict(zip(("PARTS", "COPIES", "num_warps", "num_stages"), s, strict=True)) for s in settings]
 
 
 def pattern_cases(variants: bool) -> Iterator[Case]:
@@ -109,12 +109,11 @@ def pattern_cases(variants: bool) -> Iterator[Case]:
     for name, (batch, heads, kv_heads, visual, reach) in SHAPES.items():
         p = Problem(batch, heads, kv_heads, visual)
         if variants:
-            parts = [n for n in (2, 4, 8, 16) if visual >= 256 * n]
-            narrow = choices((1, 0, 4, 3), (1, 1, 4, 3), *((n, 0, 4, 3) for n in parts), (parts[0], 0, 4, 2))
-            yield from tuned("pattern", name, p, pattern, ((64, 64),), [*narrow, *choices((parts[-1], 1, 4, 3))])
-            wide = choices((1, 1, 8, 3), *((n, 0, 8, 3) for n in parts))
-            yield from tuned("pattern", name, p, pattern, ((128, 64),), wide)
-            yield from tuned("pattern", name, p, pattern, ((64, 128),), choices((parts[0], 0, 4, 2)))
+            parts = [n for n in (1, 2, 4, 8, 16) if visual >= 256 * n]
+            narrow = choices(*((n, copies, 4, 3) for n in parts for copies in (0, 1)), (parts[-1], 1, 4, 2))
+            yield from tuned("pattern", name, p, pattern, ((64, 64),), narrow)
+            yield from tuned("pattern", name, p, pattern, ((128, 64),), choices(*((n, 1, 8, 3) for n in parts)))
+            yield from tuned("pattern", name, p, pattern, ((64, 128),), choices((parts[-1], 1, 4, 2)))
             continue
         yield ours("pattern", name, "ours", p, pattern, {"reach": reach})
         yield from dense_peers("pattern", name, p)
@@ -125,10 +124,10 @@ def pattern_cases(variants: bool) -> Iterator[Case]:
 def causal_cases(variants: bool) -> Iterator[Case]:
     p = Problem(1, 32, 32, 2880)
     if variants:
-        wide = choices((1, 1, 4, 3), (1, 1, 8, 2), (1, 1, 8, 3), (1, 1, 8, 4))
+        wide = choices((1, 0, 4, 3), (1, 0, 8, 2), (1, 0, 8, 3), (1, 0, 8, 4))
         yield from tuned("causal", "1x32 2880", p, causal(), ((128, 64),), wide)
-        yield from tuned("causal", "1x32 2880", p, causal(), ((128, 128),), choices((1, 1, 8, 2)))
-        yield from tuned("causal", "1x32 2880", p, causal(), ((64, 64),), choices((1, 1, 4, 3)))
+        yield from tuned("causal", "1x32 2880", p, causal(), ((128, 128),), choices((1, 0, 8, 2)))
+        yield from tuned("causal", "1x32 2880", p, causal(), ((64, 64),), choices((1, 0, 4, 3)))
         return
     flops = 4 * p.heads * D * p.keys * (p.keys + 1) // 2
     bias = torch.randn(1, 32, p.keys, device="cuda")
@@ -145,11 +144,32 @@ def causal_cases(variants: bool) -> Iterator[Case]:
             yield Case("causal", "1x32 2880", f"{kind} + {label}", run, partial(p.check, pattern, run, **extra))
 
 
+def backward_cases(variants: bool) -> Iterator[Case]:
+    """Gradients of q, k and v; the forward is outside of the time."""
+    if variants:
+        return
+    p = Problem(1, 32, 32, 2880)
+    sent = torch.randn_like(p.q)
+    q, k, v = (t.detach().requires_grad_() for t in (p.q, p.k, p.v))
+
+    def case(what: str, pattern: Pattern, out: torch.Tensor) -> Case:
+        run = lambda: torch.autograd.grad(out, (q, k, v), sent, retain_graph=True)  # noqa: E731
+        return Case("backward", "1x32 2880", what, run, lambda: p.check_gradients(pattern, run(), sent), launched_ms)
+
+    for label, pattern in (("ours, causal", causal()), ("ours, no visual self-attention", no_visual_self_attention())):
+        out = grouped_attention(q, k, v, p.layout(pattern), impl="triton")
+        assert torch.is_tensor(out)
+        yield case(label, pattern, out)
+    for what, backend in (("cuDNN causal", SDPBackend.CUDNN_ATTENTION), ("FA2 causal", SDPBackend.FLASH_ATTENTION)):
+        with sdpa_kernel(backend):
+            yield case(what, causal(), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
 def window_cases(variants: bool) -> Iterator[Case]:
     p = Problem(1, 32, 32, 96 * 96, width=96)
     pattern = window(2)
     if variants:
-        settings = choices((1, 1, 4, 2), (1, 1, 4, 3), (1, 1, 8, 2), (1, 1, 8, 3))
+        settings = choices((1, 0, 4, 2), (1, 0, 4, 3), (1, 0, 8, 2), (1, 0, 8, 3))
         yield from tuned("window", "96x96 r2", p, pattern, ((64, 64), (128, 64)), settings)
         yield from tuned("window", "96x96 r2", p, pattern, ((128, 32), (64, 32)), settings[1:2])
         return
@@ -168,6 +188,13 @@ def layout_cases(variants: bool) -> Iterator[Case]:
             yield Case("layout", str(visual), f"ours, {label}", build, timer=wall_ms)
 
 
+def launched_ms(run: Callable[[], Any]) -> float:
+    """Median milliseconds of a call that no CUDA graph can hold."""
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=15, rep=60, return_mode="median"))
+
+
 def wall_ms(run: Callable[[], Any]) -> float:
     """Median wall time of a call that waits for the device."""
     times = []
@@ -183,6 +210,7 @@ def wall_ms(run: Callable[[], Any]) -> float:
 TABLES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "pattern": pattern_cases,
     "causal": causal_cases,
+    "backward": backward_cases,
     "decode": decode_cases.decode_cases,
     "scores": decode_cases.score_cases,
     "linear": step_cases.linear_cases,

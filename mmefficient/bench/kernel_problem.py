@@ -87,3 +87,18 @@ class Problem:
             q.double(), k.double(), v.double(), rows, bias, maps, None, D**-0.5, False
         )
         return require(mine, eager, exact)
+
+    def check_gradients(self, pattern: Pattern, found: tuple[torch.Tensor, ...], sent: torch.Tensor) -> float:
+        """Compare gradients of q, k and v, in the last head, with those of the definition; every head has its key head.
+
+        `sent`: the gradient that arrived at the output.
+        """
+        layout = self.layout(pattern, impl="reference")
+
+        def gradients(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+            q, k, v = (t[:, -1:].detach().to(dtype).requires_grad_() for t in (self.q, self.k, self.v))
+            out, _ = reference.grouped_attention(q, k, v, layout, None, None, None, D**-0.5, False)
+            return torch.autograd.grad(out, (q, k, v), sent[:, -1:].to(dtype))
+
+        both = zip(found, gradients(self.q.dtype), gradients(torch.float64), strict=True)
+        return max(require(mine[:, -1:], eager, exact, "gradient") for mine, eager, exact in both)
