@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("mmefficient")
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw", "mm_encoder_outputs")
+"""Arguments of families whose pictures make different numbers of tokens."""
 FOREIGN = ("custom_generate", "assistant_model", "past_key_values", "inputs_embeds", "synced_gpus",
            "negative_prompt_ids", "prefix_allowed_tokens_fn")  # fmt: skip
 """Arguments of a call that the programs know nothing of."""
@@ -209,6 +211,8 @@ class Steps:
             len(adapter.layers),
             executor.scopes,
             engine.captures.recorder is not None,
+            # reducers count visual tokens; and where all pictures make as many, their number is not worth hiding
+            visual=not executor.reducers and any(key in kwargs for key in SIZES),
         )
         features = [each for output in encoded.values() for each in output.pooler_output]
         tower = seen["image"].tower if "image" in encoded else None
