@@ -198,13 +198,15 @@ class Steps:
     def read(self, input_ids: torch.Tensor, new: int, kwargs: Mapping[str, Any]) -> set[str]:
         """Read the prompt; returns the names of the arguments that only encoders want."""
         executor, adapter, engine = self.executor, self.executor.adapter, self.engine
+        # the host reads what it wants before the encoder is started, for which it would wait afterwards
         ids, mask = input_ids.cpu(), kwargs.get("attention_mask")
+        mask = None if mask is None else mask.cpu()
         position = _positions(kwargs.get("position_ids"), mask, ids, adapter.mrope)
         encoded, used = self._encode(kwargs)
         seen: dict[str, Vision] = executor.watcher.take()
         prompt = Prompt.of(
             ids,
-            None if mask is None else mask.cpu(),
+            mask,
             position,
             adapter.placeholders,
             {kind: seen[kind] for kind in encoded},
@@ -257,9 +259,9 @@ def _new_tokens(model: Any, given: Mapping[str, Any], length: int) -> int:
 def _positions(
     position: torch.Tensor | None, mask: torch.Tensor | None, ids: torch.Tensor, mrope: bool
 ) -> torch.Tensor:
-    """Position ids int64 [P, B, S] on the CPU; P is 3 with M-RoPE, else 1."""
+    """Position ids int64 [P, B, S] on the CPU, where mask and ids are; P is 3 with M-RoPE, else 1."""
     if position is None:
-        real = torch.ones_like(ids) if mask is None else mask.cpu().long()
+        real = torch.ones_like(ids) if mask is None else mask.long()
         position = (real.cumsum(1) - 1).clamp(min=0)
     position = position.cpu()
     if position.ndim == 2:
