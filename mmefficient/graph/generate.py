@@ -231,12 +231,17 @@ class Steps:
         for kind, name in PIXELS.items():
             if encoded.get(kind) is None and kwargs.get(name) is not None:
                 encoder = getattr(self.executor.adapter.base, f"get_{kind}_features")
-                wanted = {key: kwargs[key] for key in _parameters(base, kind) if key in kwargs}
+                wanted = {key: _on_host(kwargs[key]) for key in _parameters(base, kind) if key in kwargs}
                 encoded[kind] = encoder(**wanted, return_dict=True)
                 used |= set(wanted)
         return {
             kind: encoded[kind] for kind in self.executor.adapter.placeholders if encoded.get(kind) is not None
         }, used
+
+
+def _on_host(value: Any) -> Any:
+    """Whole numbers, such as sizes of images, are for the host to read."""
+    return value.cpu() if isinstance(value, torch.Tensor) and not value.is_floating_point() else value
 
 
 @cache
