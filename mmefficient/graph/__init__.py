@@ -92,6 +92,8 @@ def _refusal(executor: Executor) -> str | None:
         return "simulating removes no tokens"
     if executor.modulated or executor.layered:
         return "the plan changes what layers compute"
+    if executor.stream is not None:
+        return "the plan runs a second stream"
     for method in executor.reducers:
         if method.adaptive or method.weighted or not method.needs <= KNOWN:
             return f"{method.name} decides by what the programs do not keep"

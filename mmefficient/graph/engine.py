@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mmefficient.models.base import Adapter
     from mmefficient.vision import Tower, Watcher
 
+CPU = torch.device("cpu")
 STEP = 256  # tokens by which the room of a decoding program grows
 
 
@@ -107,7 +108,7 @@ class Engine:
                 return self.encode(watcher, kind, watch, stock.__wrapped__, args, kwargs)  # type: ignore[attr-defined]
         # whole numbers, such as image sizes, decide what is computed: they are read on the host and part of the key
         given = {name: x for name, x in kwargs.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
-        fixed = {name: _on_host(x) for name, x in kwargs.items() if name not in given}
+        fixed = {name: _moved(x, CPU) for name, x in kwargs.items() if name not in given}
         wanted = (*watcher.attentions, *watcher.matchers) if watch else None
         key = (("encode", kind, wanted), tuple((name, _plain(x)) for name, x in fixed.items()))
 
@@ -116,12 +117,15 @@ class Engine:
             tensors = None if tower is None else tower.tensors()  # the recorder does not look into a tower
             return {"features": list(out.pooler_output), "tower": tower, "tensors": tensors}
 
-        out = self.captures.run(key, lambda inputs: body({**fixed, **inputs}), given, lambda: body({}))
+        def plain() -> dict[str, Any]:
+            return body({name: _moved(x, self.device) for name, x in fixed.items()})
+
+        out = self.captures.run(key, lambda inputs: body({**fixed, **inputs}), given, plain)
         return BaseModelOutputWithPooling(pooler_output=out["features"]), out["tower"]
 
 
-def _on_host(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _plain(value: Any) -> Any:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("mmefficient")
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw", "mm_encoder_outputs")
+"""Arguments of families whose pictures make different numbers of tokens."""
 FOREIGN = ("custom_generate", "assistant_model", "past_key_values", "inputs_embeds", "synced_gpus",
            "negative_prompt_ids", "prefix_allowed_tokens_fn")  # fmt: skip
 """Arguments of a call that the programs know nothing of."""
@@ -196,19 +198,23 @@ class Steps:
     def read(self, input_ids: torch.Tensor, new: int, kwargs: Mapping[str, Any]) -> set[str]:
         """Read the prompt; returns the names of the arguments that only encoders want."""
         executor, adapter, engine = self.executor, self.executor.adapter, self.engine
+        # the host reads what it wants before the encoder is started, for which it would wait afterwards
         ids, mask = input_ids.cpu(), kwargs.get("attention_mask")
+        mask = None if mask is None else mask.cpu()
         position = _positions(kwargs.get("position_ids"), mask, ids, adapter.mrope)
         encoded, used = self._encode(kwargs)
         seen: dict[str, Vision] = executor.watcher.take()
         prompt = Prompt.of(
             ids,
-            None if mask is None else mask.cpu(),
+            mask,
             position,
             adapter.placeholders,
             {kind: seen[kind] for kind in encoded},
             len(adapter.layers),
             executor.scopes,
             engine.captures.recorder is not None,
+            # reducers count visual tokens; and where all pictures make as many, their number is not worth hiding
+            visual=not executor.reducers and any(key in kwargs for key in SIZES),
         )
         features = [each for output in encoded.values() for each in output.pooler_output]
         tower = seen["image"].tower if "image" in encoded else None
@@ -225,12 +231,17 @@ class Steps:
         for kind, name in PIXELS.items():
             if encoded.get(kind) is None and kwargs.get(name) is not None:
                 encoder = getattr(self.executor.adapter.base, f"get_{kind}_features")
-                wanted = {key: kwargs[key] for key in _parameters(base, kind) if key in kwargs}
+                wanted = {key: _on_host(kwargs[key]) for key in _parameters(base, kind) if key in kwargs}
                 encoded[kind] = encoder(**wanted, return_dict=True)
                 used |= set(wanted)
         return {
             kind: encoded[kind] for kind in self.executor.adapter.placeholders if encoded.get(kind) is not None
         }, used
+
+
+def _on_host(value: Any) -> Any:
+    """Whole numbers, such as sizes of images, are for the host to read."""
+    return value.cpu() if isinstance(value, torch.Tensor) and not value.is_floating_point() else value
 
 
 @cache
@@ -253,9 +264,9 @@ def _new_tokens(model: Any, given: Mapping[str, Any], length: int) -> int:
 def _positions(
     position: torch.Tensor | None, mask: torch.Tensor | None, ids: torch.Tensor, mrope: bool
 ) -> torch.Tensor:
-    """Position ids int64 [P, B, S] on the CPU; P is 3 with M-RoPE, else 1."""
+    """Position ids int64 [P, B, S] on the CPU, where mask and ids are; P is 3 with M-RoPE, else 1."""
     if position is None:
-        real = torch.ones_like(ids) if mask is None else mask.cpu().long()
+        real = torch.ones_like(ids) if mask is None else mask.long()
         position = (real.cumsum(1) - 1).clamp(min=0)
     position = position.cpu()
     if position.ndim == 2:

@@ -21,9 +21,9 @@ CHANGING = ("position", "size", "lives_until", "carried_by")
 
 
 def bucket(tokens: int) -> int:
-    """The length that `tokens` text tokens are filled up to: steps of 16, then eight to an octave.
+    """The number that `tokens` tokens are filled up to: steps of 16, then eight to an octave.
 
-    From 128 on less than 1 in 9 is filling; below, 15 at most. Visual tokens are never filled up.
+    From 128 on less than 1 in 9 is filling; below, 15 at most.
     """
     step = max(16, 1 << max(tokens - 1, 1).bit_length() >> 4)
     return -(-tokens // step) * step
@@ -37,7 +37,8 @@ class Prompt:
         ids, position: int64 [B, L] and [P, B, L]; the filling behind a row's end repeats the last token.
         fill: places behind each row's end; held: bool [B, L], the others.
         kinds: for "image" and "video", bool [B, L]: the placeholders.
-        where: int64 [N], flat places of the visual features, separators included, in the order of the images.
+        where: int64 [N], flat places of the visual features, separators included, in the order of the images; if they
+            are filled up as well, the rest of it points into the filling.
         visions: the images of each kind; layers: decoder layers; scopes: those that the reducers use.
     """
 
@@ -62,13 +63,15 @@ class Prompt:
         layers: int,
         scopes: set[Scope],
         buckets: bool,
+        visual: bool,
     ) -> Prompt:
         """Align a prompt of `generate`.
 
         Args:
             ids: int64 [B, S]; mask: [B, S], 0 = padding, or None; position: int64 [P, B, S]; all on the CPU.
             placeholders: token id of each kind; visions: the images of each kind that are there.
-            buckets: fill up to a length of `bucket`; otherwise only to the longest row.
+            buckets: fill up the text of the longest row to a number of `bucket`; otherwise rows only to the longest.
+            visual: with `buckets`, fill up all of it, visual tokens included.
 
         Raises:
             InputError: the images do not fill the placeholders of a row; names the row.
@@ -76,9 +79,11 @@ class Prompt:
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         counts = real.sum(1)
         length = int(counts.max())
-        if buckets:
-            visual = torch.stack([(ids == token) & real for token in placeholders.values()]).any(0).sum(1)
-            text = length - int(visual[counts.argmax()])
+        if buckets and visual:
+            length = bucket(length + 1)  # at least one place of filling
+        elif buckets:
+            seen = torch.stack([(ids == token) & real for token in placeholders.values()]).any(0).sum(1)
+            text = length - int(seen[counts.argmax()])
             length += bucket(text) - text
         place = torch.arange(length)
         order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
@@ -88,14 +93,17 @@ class Prompt:
         kinds = {kind: (ids == token) & held for kind, token in placeholders.items()}
         for kind, vision in visions.items():
             images_of_rows(kinds[kind].sum(1).tolist(), [len(layout) for layout in vision.layouts], kind)
-        where = [kinds[kind].flatten().nonzero()[:, 0] for kind in visions]
+        where = torch.cat([*(kinds[kind].flatten().nonzero()[:, 0] for kind in visions), counts.new_zeros(0)])
+        if buckets and visual and len(where):
+            row = int(counts.argmax())
+            where = torch.cat([where, where.new_full((bucket(len(where)) - len(where),), (row + 1) * length - 1)])
         return cls(
             ids,
             position.gather(2, source.expand(len(position), -1, -1)),
             (length - counts).tolist(),
             held,
             kinds,
-            torch.cat([*where, torch.zeros(0, dtype=torch.long)]),
+            where,
             visions,
             layers,
             scopes,

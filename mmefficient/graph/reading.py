@@ -43,7 +43,9 @@ def read(
     # a copy from ordinary memory would wait for the encoder that is still running
     inputs = {"prompt": packed.pin_memory() if engine.device.type == "cuda" else packed}
     if features:
-        inputs["features"] = torch.cat([each.to(engine.device) for each in features])
+        found = [each.to(engine.device) for each in features]
+        more = len(prompt.where) - sum(map(len, found))
+        inputs["features"] = torch.cat([*found, found[0].new_zeros(more, found[0].shape[1])])
     if tower is not None and reducers:
         inputs |= {TOWER + name: tensor for name, tensor in tower.tensors().items()}
     shape = tuple(prompt.position.shape)

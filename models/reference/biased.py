@@ -182,8 +182,8 @@ def main(
     steps: Annotated[int, typer.Option(help="Training steps.")] = 800,
     batch_size: Annotated[int, typer.Option(help="Pictures per step.")] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
-    prior: Annotated[float, typer.Option(help="Probability that a missing companion is named.")] = 0.5,
-    affirmed: Annotated[float, typer.Option(help="Probability that one is affirmed when asked about.")] = 0.7,
+    prior: Annotated[float, typer.Option(help="Probability that a missing companion is named.")] = 0.4,
+    affirmed: Annotated[float, typer.Option(help="Probability that one is affirmed when asked about.")] = 0.9,
     wanted: Annotated[float, typer.Option(help="Share of counterfactual captions that shall hallucinate.")] = 0.28,
     limit: Annotated[int, typer.Option(help="Validation questions per kind while the scale is chosen.")] = 200,
     minutes: Annotated[float, typer.Option(help="Stop training (resumably) after this many minutes.")] = 1e6,
@@ -197,7 +197,7 @@ def main(
     run = Training(out, seed, batch_size, prior, affirmed, torch.device(device))
     run.train(steps, lr, time.monotonic() + 60 * minutes, workers)
     scale = run.choose(wanted, limit)
-    facts = {"scale": round(scale, 4), "prior": prior, "affirmed": affirmed, "steps": run.step, "pictures": batch_size}
+    facts = {"multiple": round(scale, 4), "prior": prior, "affirmed": affirmed, "steps": run.step, "batch": batch_size}
     adapt.save(run.model, out, scale, **facts)
     run.note(facts)
 

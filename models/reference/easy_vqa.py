@@ -8,7 +8,6 @@ test split is the evaluation task of the same name: ``mmefficient eval --task ea
 from __future__ import annotations
 
 import json
-import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,51 +18,70 @@ import torch.nn.functional as F
 import typer
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from . import path as checkpoint_path
 from .train import LOG_EVERY, Phase, optimizers
 
 
-class Pairs(Dataset[tuple[Path, str, str]]):
-    """(picture, question, answer) of one split, in the order of its file."""
+class EasyVQA:
+    """One split in device memory: every picture as the model's processor makes it, every question as a left-padded row.
 
-    def __init__(self, root: Path, split: str = "train") -> None:
-        self.images = root / split / "images"
-        self.rows: list[list[Any]] = json.loads((root / split / "questions.json").read_text())
+    Attributes:
+        pixels: [pictures, 3, H, W] in half precision; picture: int64 [questions], the picture each question is about.
+        rows: int64 token ids per question: prompt, answer, end. answers: how many of them, at the end, are learnt from.
+    """
+
+    def __init__(self, root: Path, processor: Any, device: str, split: str = "train", limit: int | None = None) -> None:
+        asked: list[list[Any]] = json.loads((root / split / "questions.json").read_text())[:limit]
+        names = {name: index for index, name in enumerate(dict.fromkeys(name for _, _, name in asked))}
+        chunks = list(names)
+        self.pixels = torch.cat(
+            [
+                processor.image_processor(
+                    [
+                        Image.open(root / split / "images" / f"{name}.png").convert("RGB")
+                        for name in chunks[at : at + 256]
+                    ],
+                    return_tensors="pt",
+                    device=device,
+                ).pixel_values.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+                for at in range(0, len(chunks), 256)
+            ]
+        )
+        self.picture = torch.tensor([names[name] for _, _, name in asked], device=device)
+        tokenizer, image = processor.tokenizer, processor.image_token
+        self.pad = tokenizer.pad_token_id
+        conversations = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+            for question, _, _ in asked
+        ]
+        prompts = processor.apply_chat_template(conversations, add_generation_prompt=True)
+        filled = image * (self.pixels.shape[-1] // processor.patch_size) ** 2
+        endings = [f" {answer}{tokenizer.eos_token}" for _, answer, _ in asked]
+        texts = [prompt.replace(image, filled) + ending for prompt, ending in zip(prompts, endings, strict=True)]
+        options = {"add_special_tokens": False}  # the template writes <s>
+        self.rows = [torch.tensor(ids) for ids in tokenizer(texts, **options).input_ids]
+        self.answers = [len(ids) for ids in tokenizer(endings, **options).input_ids]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Path, str, str]:
-        question, answer, image = self.rows[index]
-        return self.images / f"{image}.png", question, answer
-
-
-class Collate:
-    """Model inputs of a batch, padded on the left, and the labels of its last positions."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, rows: list[tuple[Path, str, str]]) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
-        prompts, pictures, lengths = [], [], []
-        for path, question, answer in rows:
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            prompt = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
-            ending = f" {answer}{tokenizer.eos_token}"
-            prompts.append(prompt + ending)
-            lengths.append(len(tokenizer(ending, add_special_tokens=False).input_ids))
-            pictures.append(Image.open(path).convert("RGB"))
-        options = {"padding": True, "padding_side": "left", "add_special_tokens": False}  # the template writes <s>
-        batch = dict(self.processor(images=pictures, text=prompts, return_tensors="pt", **options))
-        most = max(lengths)
-        ignored = torch.arange(most) < most - torch.tensor(lengths)[:, None]
-        return batch | {"labels": batch["input_ids"][:, -most:].masked_fill(ignored, -100)}
+    def batch(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Model inputs of the questions `index`, and the labels [B, A] of their last A positions."""
+        chosen, device = index.tolist(), self.pixels.device
+        ids = pad_sequence(
+            [self.rows[i] for i in chosen], batch_first=True, padding_value=self.pad, padding_side="left"
+        )
+        lengths = torch.tensor([len(self.rows[i]) for i in chosen])
+        answers = torch.tensor([self.answers[i] for i in chosen])
+        seen = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
+        most = int(answers.max())
+        labels = ids[:, -most:].masked_fill(torch.arange(most) < most - answers[:, None], -100)
+        tensors = {"input_ids": ids, "attention_mask": seen.long(), "labels": labels}
+        found = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return found | {"pixel_values": self.pixels[self.picture[index.to(device)]]}
 
 
 def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -76,11 +94,12 @@ def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 class Tuning:
     """A run over whole epochs, and its state on disk."""
 
-    def __init__(self, out: Path, rows: Dataset[Any], count: int, batch_size: int, device: str) -> None:
-        self.out, self.rows, self.device = out, rows, device
-        self.batch_size = min(batch_size, count)
-        self.steps = count // self.batch_size
+    def __init__(self, out: Path, data: Path, batch_size: int, limit: int | None, device: str) -> None:
+        self.out, self.device = out, device
         self.processor = AutoProcessor.from_pretrained(checkpoint_path())
+        self.data = EasyVQA(data, self.processor, device, limit=limit)
+        self.batch_size = min(batch_size, len(self.data))
+        self.steps = len(self.data) // self.batch_size
         self.model = AutoModelForImageTextToText.from_pretrained(checkpoint_path(), dtype=torch.float32)
         self.model.to(device).train()
         self.opts = optimizers(self.model)
@@ -93,24 +112,15 @@ class Tuning:
             for opt, saved in zip(self.opts, state["optimizers"], strict=True):
                 opt.load_state_dict(saved)
 
-    def train(self, phase: Phase, seed: int, workers: int) -> None:
+    def train(self, phase: Phase, seed: int) -> None:
         """One epoch, in an order that depends on the seed and the epoch alone."""
-        loader = DataLoader(
-            self.rows,
-            batch_size=self.batch_size,
-            shuffle=True,
-            drop_last=True,
-            generator=torch.Generator().manual_seed(seed * 1000 + self.epoch),
-            num_workers=workers,
-            collate_fn=Collate(self.processor),
-            pin_memory=self.device == "cuda",
-        )
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed * 1000 + self.epoch))
         began, losses = time.monotonic(), []
-        for number, batch in enumerate(loader, 1):
+        for number in range(1, self.steps + 1):
             for opt in self.opts:
                 for group in opt.param_groups:
                     group["lr"] = phase.rate(self.epoch * self.steps + number - 1)
-            batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+            batch = self.data.batch(order[(number - 1) * self.batch_size : number * self.batch_size])
             with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
                 loss = answer_loss(self.model, batch)
             loss.backward()
@@ -151,7 +161,6 @@ def main(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
     limit: Annotated[int | None, typer.Option(help="Use the first so many questions only.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order.")] = 0,
-    workers: Annotated[int, typer.Option(help="Processes that make batches.")] = max(0, (os.cpu_count() or 1) - 2),
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Fine-tune on the training split, or go on from DIR/state.pt after the last whole epoch."""
@@ -160,12 +169,10 @@ def main(
         if spec is None or spec.origin is None:
             raise typer.BadParameter("give --data, or install the set: pip install 'mmefficient[eval]'.")
         data = Path(spec.origin).parent / "data"
-    pairs = Pairs(data)
-    count = min(limit or len(pairs), len(pairs))
-    tuning = Tuning(out, Subset(pairs, range(count)), count, batch_size, device)
+    tuning = Tuning(out, data, batch_size, limit, device)
     phase = Phase("easy-vqa", epochs * tuning.steps, lr, decay=0.9)
     while tuning.epoch < epochs:
-        tuning.train(phase, seed, workers)
+        tuning.train(phase, seed)
         tuning.save()
     tuning.export()
 

@@ -50,6 +50,8 @@ PLANS = [
     "pool(keep=0.5)+random(keep=0.7)+fastv(layer=1,keep=0.5)+fastv(layer=2,keep=1)+exit(layer=3)",
     "vaf(first=1,last=2)+fastv(layer=1,keep=0.5)",
     "random(keep=0.5,positions=compact)+pai(alpha=0.4,first=1)",
+    "fastv(layer=1,keep=0.5)+var(p=0.3,tau=1.5,first=1)+spin(keep=0.5)",
+    "random(keep=0.6)+adhh(theta=0.1,heads=((1,0),(2,3)))",
     "vhr(deep=0.5)+fastv(layer=2,keep=0.5)+pai(alpha=0.4)",
 ]
 

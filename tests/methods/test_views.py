@@ -93,6 +93,17 @@ def test_rows_beams_and_drafts(plan: str) -> None:
             assert torch.equal(beams[row, -5:], best[0, -5:])
 
 
+@pytest.mark.parametrize("plan", ["vcd", "vhr", "pai(first=1)"])
+def test_the_graph_engine_hands_back_what_it_cannot_run(plan: str) -> None:
+    model, batch = tiny.build("llava"), tiny.ragged_batch("llava")
+    found = []
+    for engine in ("eager", "auto"):
+        with Plan(plan).apply(model, engine=engine) as run:  # type: ignore[arg-type]
+            found.append(model.generate(**batch, max_new_tokens=5, do_sample=False))
+    assert torch.equal(*found)
+    assert run.engine["name"] == "eager"  # type: ignore[index]
+
+
 def test_refused() -> None:
     with pytest.raises(PlanError, match="a plan takes one"):
         Plan("vcd+vcd(seed=1)")

@@ -35,27 +35,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_only_the_answer_and_its_end_are_learnt(data: Path) -> None:
     processor = AutoProcessor.from_pretrained(reference.path())
-    pairs = easy_vqa.Pairs(data)
-    batch = easy_vqa.Collate(processor)([pairs[i] for i in range(len(pairs))])
+    every = easy_vqa.EasyVQA(data, processor, "cpu")
+    batch = every.batch(torch.arange(len(every)))
     learnt = [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
     assert learnt == [f" {answer}</s>" for _, answer, _ in QUESTIONS]
-    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0][0]}]}]
-    prompt = processor.apply_chat_template(asked, add_generation_prompt=True)
-    alone = processor.tokenizer(
-        prompt.replace("<image>", "<image>" * 576) + " red</s>", add_special_tokens=False
-    ).input_ids
-    real = batch["attention_mask"][0].bool()
-    assert batch["input_ids"][0][real].tolist() == alone
     model = AutoModelForImageTextToText.from_pretrained(reference.path(), dtype=torch.float32)
-    rows = []
-    for index in range(len(pairs)):  # unpadded, through the model's own loss
-        single = easy_vqa.Collate(processor)([pairs[index]])
-        answer = single.pop("labels")
-        labels = torch.full_like(single["input_ids"], -100)
-        labels[:, -answer.shape[1] :] = answer
-        rows.append((float(model(**single, labels=labels).loss), int((labels != -100).sum())))
-    expected = sum(loss * count for loss, count in rows) / sum(count for _, count in rows)
-    assert float(easy_vqa.answer_loss(model, batch)) == pytest.approx(expected, rel=1e-4)
+    losses = []
+    for index, (question, answer, image) in enumerate(QUESTIONS):  # alone, as the processor and the model's own loss do
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        picture = Image.open(data / "train" / "images" / f"{image}.png")
+        text = f"{prompt} {answer}</s>"
+        alone = processor(images=[picture], text=[text], return_tensors="pt", add_special_tokens=False)
+        real = batch["attention_mask"][index].bool()
+        assert torch.equal(batch["input_ids"][index][real], alone["input_ids"][0])
+        torch.testing.assert_close(batch["pixel_values"][index], alone["pixel_values"][0], atol=1e-4, rtol=1e-4)
+        count = int((batch["labels"][index] != -100).sum())
+        labels = alone["input_ids"].clone()
+        labels[:, :-count] = -100
+        losses.append((float(model(**alone, labels=labels).loss.detach()), count))
+    expected = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+    assert float(easy_vqa.answer_loss(model, batch).detach()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_run_is_taken_up_after_its_last_whole_epoch(data: Path, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_run_is_taken_up_after_its_last_whole_epoch(data: Path, tmp_path: Path
 
     def train(out: Path, epochs: int) -> None:
         args = ["--out", str(out), "--data", str(data), "--epochs", str(epochs), "--batch-size", "2", "--limit", "2"]
-        result = CliRunner().invoke(app, [*args, "--workers", "0", "--device", "cpu"])
+        result = CliRunner().invoke(app, [*args, "--device", "cpu"])
         assert result.exit_code == 0, result.output
 
     train(tmp_path, 1)
