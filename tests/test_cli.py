@@ -216,7 +216,7 @@ def test_the_examples_in_help_and_documentation_are_valid_commands(run: Any, mon
     examples = [line for line in lines if line.startswith("mmefficient ")]
     assert len(examples) >= 12
     for example in examples:
-        result = run(*shlex.split(example)[1:])
+        result = run(*shlex.split(example, comments=True)[1:])
         assert result.code == 0 or result.err == "mmefficient: reached\n", example
     assert len(seen) >= 8
 

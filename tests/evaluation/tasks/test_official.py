@@ -36,7 +36,7 @@ def scores(task: Task, said: list[str], kind: str | None = None) -> dict[str, fl
 
 
 def test_every_task_with_data_has_a_fixture() -> None:
-    assert {*NAMES, "scenes", "easy-vqa", "mmmu"} == set(tasks.NAMES)
+    assert {*NAMES, "scenes", "hallucination", "easy-vqa", "mmmu"} == set(tasks.NAMES)
 
 
 # name -> (records, id, prompt, truth of the first record)
