@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
@@ -77,8 +78,30 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
+        self._start()
+
+    def _start(self) -> None:
+        """Open a memory pool. The pool dies with its last graph, so an empty one stays; and no graph is under way."""
+        self.pool = torch.cuda.graph_pool_handle()
+        self._anchor = torch.cuda.CUDAGraph()
+        with warnings.catch_warnings(), torch.cuda.device(self.device):
+            warnings.simplefilter("ignore")  # torch finds an empty graph odd
+            self._capture(self._anchor, lambda: None)
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, body: Callable[[], Any]) -> Any:
+        torch.cuda.synchronize()
+        # not torch.cuda.graph(), which empties the allocator's cache: somebody else's graphs may look into it
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # other threads may allocate
+            try:
+                outputs = body()
+            except BaseException:
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return outputs
 
     def record(self, body: Callable[[], Any]) -> Recording:
         constants = Constants()
@@ -87,19 +110,18 @@ class CudaGraphs:
             self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream), constants:
                 body()  # compiles kernels and fills workspaces
-            torch.cuda.synchronize()
+            current.wait_stream(self.stream)
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
-            # not torch.cuda.graph(), which empties the allocator's cache: somebody else's graphs may look into it
-            with torch.cuda.stream(self.stream), constants.again():
-                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # other threads may allocate
-                try:
-                    outputs = body()
-                except BaseException:
-                    with suppress(RuntimeError):
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
+            try:
+                with constants.again():
+                    outputs = self._capture(graph, body)
+            except RuntimeError:
+                # torch leaves pool and random numbers as if the capture went on; another, well ended, puts them right
+                with suppress(Exception):
+                    torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+                self._start()
+                raise
             size = torch.cuda.memory_reserved() - before
             current.wait_stream(self.stream)
         return Recording(graph.replay, outputs, (graph, constants.kept), max(0, size))

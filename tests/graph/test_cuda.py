@@ -14,6 +14,7 @@ from tests import tiny
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 PLANS = ["none", "fastv(layer=2,keep=0.5)", "pool(keep=0.3)", "exit(layer=2)", "random(keep=0.5)"]
+PLANS += ["pyramiddrop(shares=(0.6,0.4,0.2))"]
 TOWER = ["visionzip(dominant=0.4,contextual=0.2)", "fastervlm(keep=0.4)", "vispruner(keep=0.4,important=0.5)"]
 CASES = [(family, plan) for family in tiny.FAMILIES for plan in PLANS + (TOWER if family != "qwen2_5_vl" else [])]
 
@@ -36,3 +37,36 @@ def test_recorded_ids_are_those_of_eager(family: str, plan: str, caplog: pytest.
     assert held["name"] == "graph"
     assert held["recordings"] >= (4 if family == "qwen2_5_vl" else 6), caplog.text
     release(model)
+
+
+def test_buffers_grow_under_recordings() -> None:
+    """Longer prompts move the buffers, and all recordings are made anew."""
+    model: Any = tiny.build("llava").cuda()
+    options = {"max_new_tokens": 4, "do_sample": False}
+    with Plan().apply(model, engine="graph") as run:
+        for length in (5, 150, 9, 400, 5):
+            batch = {k: v.cuda() for k, v in tiny.collate("llava", [tiny.prompt("llava", 1, 3, length)]).items()}
+            for _ in range(3):
+                ids = model.generate(**batch, **options)
+            assert run.report().engine["recordings"] >= 2
+            with torch.no_grad():
+                logits = model(**{**batch, "input_ids": ids[:, :-1], "attention_mask": None}).logits
+            assert torch.equal(logits[:, -3:].argmax(-1), ids[:, -3:])
+    release(model)
+
+
+def test_a_capture_that_fails_leaves_no_trace() -> None:
+    from mmefficient.graph.capture import Captures, CudaGraphs
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    captures = Captures(CudaGraphs(device), device)
+    x = torch.arange(4.0, device=device)
+    for _ in range(3):
+        assert captures.run((("waits",),), lambda given: given["x"] * given["x"].sum().item(), {"x": x})[1] == 6
+    for _ in range(3):
+        assert captures.run((("runs",),), lambda given: given["x"] + 1, {"x": x})[1] == 2
+    assert len(captures) == 1
+    torch.multinomial(torch.ones(4, device=device), 1)  # random numbers work outside a capture
+    captures.clear()
+    for _ in range(2):
+        assert captures.run((("runs",),), lambda given: given["x"] + 1, {"x": x})[1] == 2
