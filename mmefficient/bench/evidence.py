@@ -53,7 +53,7 @@ def usable(entries: Sequence[Entry], vlm: VLM) -> tuple[list[Entry], dict[str, s
                 pass
             vlm.ask(torch.zeros(3, 8, 8, dtype=torch.uint8), "?", plan=plan, max_new_tokens=1)
         except Exception as error:  # the table names a method that fails, and does not fall with it
-            left_out[entry.plan] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            left_out[entry.plan] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         else:
             found.setdefault(str(plan), Entry(entry.site, str(plan), entry.budget))
     return list(found.values()), left_out
