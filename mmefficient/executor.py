@@ -23,9 +23,11 @@ from mmefficient.call import Call
 from mmefficient.errors import InputError, ModelError, PlanError
 from mmefficient.masks import decode_mask, prefill_mask
 from mmefficient.modulation import Modulation, by_layer
+from mmefficient.offer import Parts, Rope
 from mmefficient.points import LayerMethod, Method, Reducer, Scope
 from mmefficient.profiles import Checkpoint
-from mmefficient.reduction import HostFacts, Parts, Prefill, PromptState, Rope
+from mmefficient.prompt import HostFacts, PromptState
+from mmefficient.reduction import Prefill
 from mmefficient.rows import LayerPlan, RowLayer, check_layer
 from mmefficient.run import Run
 from mmefficient.tokens import TokenMap, build

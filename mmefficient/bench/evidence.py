@@ -236,7 +236,7 @@ def command(
     place = world.device or device
     if dtype == "auto":
         dtype = "bfloat16" if resolve_device(place).type == "cuda" else "float32"
-    vlm = VLM.from_pretrained("reference", device=place, dtype=dtype)
+    vlm = VLM.from_pretrained("reference", device=place, dtype=dtype, engine="eager")
     wanted = entries(len(vlm.model.get_decoder().layers), budgets or BUDGETS)
     if methods:
         wanted = [entry for entry in wanted if any(f"{name}(" in entry.plan for name in methods)]
