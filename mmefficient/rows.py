@@ -24,8 +24,9 @@ from mmefficient.kernels.grouped_attention import Layout, grouped_attention
 from mmefficient.kernels.grouped_attention.pattern import IMAGE, SOLO, causal
 from mmefficient.kernels.grouped_attention.pattern import Pattern as Pairs
 from mmefficient.kernels.grouped_attention.tokens import layout_of
+from mmefficient.offer import Rope
 from mmefficient.points import EVERYTHING, LayerMethod, Pattern, RowPolicy, VisualWork
-from mmefficient.reduction import Prefill, Rope
+from mmefficient.reduction import Prefill
 from mmefficient.steering import held
 from mmefficient.tokens import Role
 
