@@ -16,9 +16,18 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 @triton.jit
 def begin(OVERLAP: tl.constexpr) -> None:
-    """What a launched kernel does before it touches memory: wait for the one before, then let the one behind start."""
+    """What a launched kernel does before it touches memory: wait for the one before."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def release(OVERLAP: tl.constexpr) -> None:
+    """What it does when little is left to do: let the one behind be scheduled.
+
+    Any earlier, and programs of that one would take what places are free, so that some processors get more than others.
+    """
+    if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -40,7 +49,8 @@ def launch(
 
     Triton specialises on types, on numbers that are 1 or multiples of 16 and on pointers that are multiples of 16: all
     of them are part of what a compiled kernel is found by, in place of Triton's own, slower look at every argument.
-    The kernel has to call `begin(OVERLAP)` first. `options`: num_warps and num_stages.
+    The kernel has to call `begin(OVERLAP)` first and `release(OVERLAP)` towards its end. `options`: num_warps and
+    num_stages.
     """
     kinds = [(t.dtype, t.data_ptr() % 16) for t in tensors]
     key = (kernel, tensors[0].device, numbers, constants, *kinds, *options.values())

@@ -8,7 +8,9 @@ from torch import nn
 from mmefficient.attention import KEY
 from mmefficient.masks import prefill_mask
 from mmefficient.methods.reducers.exit import Exit
-from mmefficient.reduction import Parts, Prefill, PromptState
+from mmefficient.offer import Parts
+from mmefficient.prompt import PromptState
+from mmefficient.reduction import Prefill
 from mmefficient.steering import Aside, Decide
 
 

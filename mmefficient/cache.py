@@ -93,10 +93,10 @@ def store_first(cache: Cache, index: int, key: torch.Tensor, value: torch.Tensor
 
     The stock layer would copy them behind its zero rows, which takes longer than an attention of few rows.
     """
-    known = index < len(cache.layers)
-    kind = type(cache.layers[index]) if known else cache.layer_class_to_replicate
-    if kind not in (DynamicLayer, PrunedLayer) or getattr(cache, "offloading", False):
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if type(layer) not in (DynamicLayer, PrunedLayer) or getattr(cache, "offloading", False):
         cache.update(key, value, index)
         return
-    cache.update(key[:, :, :0], value[:, :, :0], index)
-    cache.layers[index].keys, cache.layers[index].values = key, value
+    assert layer is not None
+    layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
+    layer.keys, layer.values = key, value

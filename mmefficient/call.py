@@ -12,8 +12,10 @@ from mmefficient.cache import written_rows
 from mmefficient.errors import InputError
 from mmefficient.masks import Segment, seen_by_last
 from mmefficient.modulation import Modulation
+from mmefficient.offer import LAST, Asker
 from mmefficient.points import Reducer
-from mmefficient.reduction import LAST, Asker, Prefill, PromptState
+from mmefficient.prompt import PromptState
+from mmefficient.reduction import Prefill
 from mmefficient.tokens import images_of_rows
 from mmefficient.vision import Vision
 

@@ -11,21 +11,23 @@ from mmefficient.errors import InputError
 from mmefficient.report import Report
 
 SIDE = 252  # px: longer side of a panel
-MARGIN, LINE = 10, 18  # px
+MARGIN, LINE, GAP = 10, 18, 4  # px; the gap is between the views of one picture
 DIMMED = 0.22  # brightness of what has left
 
 
 def kept_tokens(picture: Image.Image, answers: Sequence[tuple[Report, str]], row: int = 0) -> Image.Image:
     """One strip per report, one panel per change of the kept set, titled with the layers and the count.
 
+    A picture that was cut into tiles is drawn twice in every panel: as the overview has it, and as the tiles have it.
+
     Args:
-        picture: RGB, as it was given to the processor. A processor that crops is taken to crop the centre to the
-            proportions of the grid, as CLIP's does.
+        picture: RGB, as it was given to the processor. With an overview and tiles, both show the whole of it. A single
+            view of other proportions is taken to be its centre, which is what CLIP's processor cuts out.
         answers: reports of runs on that picture, each with the text to print above its panels.
         row: row of the batch.
 
     Raises:
-        InputError: the row holds no image, several images, or an image cut into tiles.
+        InputError: the row holds no image, several images, or a video.
     """
     strips = [_strip(picture, report, text, row) for report, text in answers]
     canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
@@ -39,7 +41,9 @@ def kept_tokens(picture: Image.Image, answers: Sequence[tuple[Report, str]], row
 def kept_at(picture: Image.Image, report: Report, layer: int, row: int = 0) -> Image.Image:
     """What decoder layer `layer` holds of `picture`; arguments and errors as in `kept_tokens`."""
     place = _place(report, row)
-    return _panel(_cropped(picture, place), place, report.kept(row, layer))
+    light = torch.zeros(len(place))
+    light[report.kept(row, layer)] = 1.0
+    return _lit(picture, place, light)
 
 
 def attention_at(picture: Image.Image, report: Report, received: torch.Tensor, row: int = 0) -> Image.Image:
@@ -47,51 +51,65 @@ def attention_at(picture: Image.Image, report: Report, received: torch.Tensor, r
 
     The brightest token is shown as it is; the others fade to `DIMMED` with the square root of their share of it.
     """
-    place = _place(report, row)
-    rows, cols = _grid(place)
-    light = torch.zeros(rows, cols)
-    light[place[:, 2], place[:, 3]] = (received / received.max().clamp(min=1e-12)).sqrt()
-    seen = _cropped(picture, place)
-    mask = Image.fromarray((light * 255).to(torch.uint8).numpy()).resize(seen.size, Image.Resampling.NEAREST)
-    return Image.composite(seen, seen.point(lambda value: int(value * DIMMED)), mask)
+    return _lit(picture, _place(report, row), (received / received.max().clamp(min=1e-12)).sqrt())
 
 
 def _place(report: Report, row: int) -> torch.Tensor:
     place = report.places[row]
-    if len(place[:, :2].unique(dim=0)) != 1:
-        raise InputError(f"row {row} does not hold exactly one untiled image; only such pictures can be drawn.")
+    if len(place[:, 0].unique()) != 1 or len(place[:, 1].unique()) > 2:
+        raise InputError(f"row {row} does not hold exactly one image; only such pictures can be drawn.")
     return place
 
 
 def _strip(picture: Image.Image, report: Report, text: str, row: int) -> Image.Image:
-    place = _place(report, row)
+    _place(report, row)
     kept = report.rows[row].kept_per_layer
     starts = [0] + [layer for layer in range(1, len(kept)) if kept[layer] != kept[layer - 1]]
-    seen = _cropped(picture, place)
-    width = len(starts) * (seen.width + MARGIN) + MARGIN
+    panels = [kept_at(picture, report, start, row) for start in starts]
+    each, height = panels[0].size
+    width = len(starts) * (each + MARGIN) + MARGIN
     font = ImageFont.load_default(13)
     title = f"{report.plan}: {text}"
     width = max(width, int(font.getlength(title)) + 2 * MARGIN)
-    strip = Image.new("RGB", (width, seen.height + 2 * LINE + 2 * MARGIN), "white")
+    strip = Image.new("RGB", (width, height + 2 * LINE + 2 * MARGIN), "white")
     pen = ImageDraw.Draw(strip)
     pen.text((MARGIN, MARGIN), title, "black", font)
     for index, (start, end) in enumerate(zip(starts, [*starts[1:], len(kept)], strict=True)):
-        left = MARGIN + index * (seen.width + MARGIN)
+        left = MARGIN + index * (each + MARGIN)
         layers = f"layer {start}" if end == start + 1 else f"layers {start}-{end - 1}"
         pen.text((left, MARGIN + LINE), f"{layers}: {kept[start]} tokens", "black", font)
-        panel = _panel(seen, place, report.kept(row, start))
-        strip.paste(panel, (left, MARGIN + 2 * LINE))
+        strip.paste(panels[index], (left, MARGIN + 2 * LINE))
     return strip
 
 
-def _grid(place: torch.Tensor) -> tuple[int, int]:
-    rows, cols = (place[:, 2:].amax(0) + 1).tolist()
-    return rows, cols
+def _lit(picture: Image.Image, place: torch.Tensor, light: torch.Tensor) -> Image.Image:
+    """`picture` under the `light` in [0, 1] of its tokens [N], once per view, side by side."""
+    views = place[:, 1].unique().tolist()
+    panels = []
+    for view in views:
+        chosen = (place[:, 1] == view) & (place[:, 2] >= 0)  # a CLS token has no place
+        at = place[chosen, 2:]
+        rows, cols = (at.amax(0) + 1).tolist()
+        mask = torch.zeros(rows, cols)
+        mask[at[:, 0], at[:, 1]] = light[chosen].float()
+        seen = _whole(picture) if len(views) > 1 else _centre(picture, rows, cols)
+        shade = Image.fromarray((mask * 255).to(torch.uint8).numpy()).resize(seen.size, Image.Resampling.NEAREST)
+        panels.append(Image.composite(seen, seen.point(lambda value: int(value * DIMMED)), shade))
+    width = sum(panel.width for panel in panels) + GAP * (len(panels) - 1)
+    joined = Image.new("RGB", (width, panels[0].height), "white")
+    for index, panel in enumerate(panels):
+        joined.paste(panel, (index * (panel.width + GAP), 0))
+    return joined
 
 
-def _cropped(picture: Image.Image, place: torch.Tensor) -> Image.Image:
-    """The part of the picture that the grid covers, its longer side `SIDE` px."""
-    rows, cols = _grid(place)
+def _whole(picture: Image.Image) -> Image.Image:
+    """The picture, its longer side `SIDE` px."""
+    scale = SIDE / max(picture.size)
+    return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+
+
+def _centre(picture: Image.Image, rows: int, cols: int) -> Image.Image:
+    """The centre of the picture in the proportions of a grid, its longer side `SIDE` px."""
     width, height = picture.size
     if width * rows > height * cols:
         width = max(1, round(height * cols / rows))
@@ -101,12 +119,3 @@ def _cropped(picture: Image.Image, place: torch.Tensor) -> Image.Image:
     scale = SIDE / max(rows, cols)
     size = (round(cols * scale), round(rows * scale))
     return picture.resize(size, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
-
-
-def _panel(seen: Image.Image, place: torch.Tensor, kept: torch.Tensor) -> Image.Image:
-    rows, cols = _grid(place)
-    mask = torch.zeros(rows, cols, dtype=torch.uint8)
-    at = place[kept]
-    mask[at[:, 2], at[:, 3]] = 255
-    light = Image.fromarray(mask.numpy()).resize(seen.size, Image.Resampling.NEAREST)
-    return Image.composite(seen, seen.point(lambda value: int(value * DIMMED)), light)

@@ -23,9 +23,11 @@ from mmefficient.call import Call
 from mmefficient.errors import InputError, ModelError, PlanError
 from mmefficient.masks import decode_mask, prefill_mask
 from mmefficient.modulation import Modulation, by_layer
+from mmefficient.offer import Parts, Rope
 from mmefficient.points import LayerMethod, Method, Reducer, Scope
 from mmefficient.profiles import Checkpoint
-from mmefficient.reduction import HostFacts, Parts, Prefill, PromptState, Rope
+from mmefficient.prompt import HostFacts, PromptState
+from mmefficient.reduction import Prefill
 from mmefficient.rows import LayerPlan, RowLayer, check_layer
 from mmefficient.run import Run
 from mmefficient.tokens import TokenMap, build
@@ -143,10 +145,10 @@ class Executor:
                 found[index] = plan
         return found
 
-    def attach(self) -> list[Callable[[], Any]]:
-        """Put the plan on the model; returns the functions that take it off, to be called in reverse."""
+    def attach(self, undo: list[Callable[[], Any]]) -> None:
+        """Put the plan on the model; adds to `undo` what takes it off, to be called in reverse, also if this raises."""
         adapter = self.adapter
-        undo = self.watcher.attach()
+        undo += self.watcher.attach()
         for reducer in self.reducers:
             undo += reducer.attach(adapter)
         handles = [
@@ -171,7 +173,6 @@ class Executor:
             for config in self.configs:
                 undo.append(partial(_set_attention, config, config._attn_implementation))
                 _set_attention(config, name)
-        return undo
 
     def on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
         """Notice drafts: assisted decoding reads its first proposals together with the prompt.

@@ -45,11 +45,12 @@ def load(
         raise ModelError(f"{str(name)!r} has no {lacks}; use a checkpoint that was saved with its complete processor.")
     processor.tokenizer.padding_side = "left"
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    kind = resolve_dtype(dtype, target, config)
     model = _guard(
         name,
         AutoModelForImageTextToText.from_pretrained,
         source,
-        dtype=resolve_dtype(dtype, target, config),
+        dtype=kind if delta is None else config.dtype,  # a sum is rounded as it was measured, whatever it runs in
         trust_remote_code=False,
         **options,
     )
@@ -57,6 +58,7 @@ def load(
         from mmefficient.models.reference import adapt
 
         adapt.load(model, delta)
+        model = model.to(kind)
     return model.to(target).eval(), processor
 
 

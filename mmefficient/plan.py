@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from itertools import pairwise
@@ -105,8 +105,9 @@ class Plan:
             raise ModelError("this model already carries a plan; leave it first, or add the methods to it with '+'.")
         run = Run(str(self), mode, adapter)
         executor = Executor(model, adapter, self.methods, run, tokenizer)
-        undo = executor.attach()
+        undo: list[Callable[[], Any]] = []
         try:
+            executor.attach(undo)
             undo += attach_engine(executor, engine)
         except BaseException:
             for step in reversed(undo):

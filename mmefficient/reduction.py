@@ -2,146 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmefficient.asking import Asking, Question
+from mmefficient.asking import Asking
 from mmefficient.errors import PlanError
-from mmefficient.kernels.key_scores import key_scores
 from mmefficient.masks import Segment
-from mmefficient.matchers import EMBEDDINGS, load
-from mmefficient.modulation import answering
+from mmefficient.offer import Asker, Offer, Parts, Rope
 from mmefficient.packing import Units
-from mmefficient.points import (
-    KEYS,
-    MatchTokens,
-    OwnHeads,
-    QuestionTokens,
-    Reducer,
-    Scope,
-    Selection,
-    VisualTokens,
-    VisualWork,
-)
-from mmefficient.tokens import Role, TokenMap
+from mmefficient.points import Reducer, Scope, Selection, VisualTokens
+from mmefficient.prompt import HostFacts, PromptState
+from mmefficient.tokens import Role
 from mmefficient.vision import Tower
 
 if TYPE_CHECKING:
     from mmefficient.blind import Blind
     from mmefficient.rows import Slots
-    from mmefficient.steering import Part
-
-Rope = tuple[torch.Tensor, torch.Tensor]
-LAST: Literal["last"] = "last"
-Asker = Literal["last", "keys"] | Reducer
-"""Whose attention a score is: the last prompt row's, or the question rows that a reducer chose. KEYS: sizes of keys."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the model lends to a reduction.
-
-    Attributes:
-        project: the projector, [..., Dv] -> [..., D].
-        rotary: the decoder's rotary embedding, of hidden states and position ids.
-        heads: query [B, H, n, d], key [B, G, n, d] and the factor on their products in the layer about to be entered,
-            of hidden states and rope.
-        norm: the decoder's last norm.
-        texts: the rows' questions in the space of a matcher, see `matchers.Matcher.texts`; of its name and a device.
-    """
-
-    project: Callable[[torch.Tensor], torch.Tensor]
-    rotary: Callable[[torch.Tensor, torch.Tensor], Rope]
-    heads: Callable[[torch.Tensor, Rope], tuple[torch.Tensor, torch.Tensor, float]]
-    texts: Callable[[str, torch.device], tuple[torch.Tensor, torch.Tensor]]
-    norm: Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass
-class PromptState:
-    """What outlives the prefill; rides on the cache.
-
-    Attributes:
-        plan, mode: under which the prompt was read.
-        tokens: the map, on the model's device.
-        segments: by decoder layer, what it holds; layers that hold the whole prompt are absent.
-        weighted: keys count by size; `steered` has the bias.
-        shift: int64 [B, 1], how far the position ids of later tokens move down; None = not at all.
-        steered: by decoder layer, what modulations do to later rows.
-        pictures: for a view, until it has read the prompt too.
-        works: by decoder layer, what it computes for visual rows; layers that compute everything are absent.
-    """
-
-    plan: str
-    mode: str
-    tokens: TokenMap
-    segments: dict[int, Segment] = field(default_factory=dict)
-    shift: torch.Tensor | None = None
-    steered: dict[int, tuple[Part, ...]] = field(default_factory=dict)
-    pictures: Mapping[str, Any] = field(default_factory=dict)
-    weighted: bool = False
-    works: Mapping[int, VisualWork] = field(default_factory=dict)
-
-    @property
-    def length(self) -> int:
-        """Positions in the prompt, S."""
-        return self.tokens.role.shape[1]
-
-
-@dataclass(frozen=True)
-class HostFacts:
-    """What the host knows about a prompt from its token ids alone, so that no layer has to ask the device.
-
-    Attributes:
-        units: for every scope a plan uses, the units as the prompt came.
-        others: per row, tokens that are neither padding, separators nor visual.
-        question: the text that asks about the images.
-        lines: one more than the largest line number; 0 = the prompt has no separators.
-        images: the most images a row has.
-        drafts: tokens at the end that assisted decoding proposes; they are read with the prompt but are none of it.
-        last: int64 [B], the last prompt token of each row; None = the last position everywhere.
-        behind: positions from the earliest of those to the end.
-        answers: positions from the earliest text after a last image to the end; 0 = no row has any.
-        tail: int64 [B], tokens behind it that stay in all layers (drafts, or the filling of a bucket); None = no row
-            has any.
-        separators: the most learned line breaks a row has, where how many stay must not be asked for; else None.
-    """
-
-    units: Mapping[Scope, Units]
-    others: Sequence[int]
-    question: Question
-    lines: int
-    images: int
-    drafts: int
-    last: torch.Tensor | None
-    behind: int
-    answers: int
-    tail: torch.Tensor | None = None
-    separators: int | None = None
-
-    @classmethod
-    def of(cls, tokens: TokenMap, scopes: set[Scope], drafts: int, device: torch.device) -> HostFacts:
-        """Facts of a prompt; `tokens` lives on the CPU, tensors of the result on `device`."""
-        others = ((tokens.role == Role.SYSTEM) | (tokens.role == Role.QUESTION)).sum(1).tolist()
-        separators = (tokens.role == Role.SEPARATOR).any()
-        real = tokens.role != Role.PAD
-        last = (real.long() * torch.arange(real.shape[1])).argmax(1) - drafts
-        after = answering(tokens).any(0).nonzero()
-        return cls(
-            units={scope: Units.of(tokens, scope, device) for scope in scopes},
-            others=others,
-            question=Question.of(tokens, drafts, device),
-            lines=int(tokens.line.max()) + 1 if separators else 0,
-            images=int(tokens.image.max()) + 1,
-            drafts=drafts,
-            last=None if bool((last == real.shape[1] - 1).all()) else last.to(device),
-            behind=real.shape[1] - int(last.min()),
-            answers=real.shape[1] - int(after[0]) if len(after) else 0,
-            tail=torch.full((len(last),), drafts, device=device) if drafts else None,
-        )
 
 
 class Prefill:
@@ -190,11 +68,7 @@ class Prefill:
     def choose_raters(self, reducer: Reducer, hidden: torch.Tensor) -> None:
         """Let `reducer` choose the question rows whose attention it wants; `hidden` [B, n, D] at the first layer."""
         units, segment = self._units("prompt"), self.now
-        index, filled = self._pack(units, segment.columns, segment.valid)
-        rows = units.rows[:, None]
-        size = self.state.tokens.size[rows, segment.columns[rows, index]]
-        question = self._asked(units, hidden, segment)
-        tokens = VisualTokens(units.units, hidden[rows, index], filled, size, question=question)
+        tokens = Offer(self, units, hidden, *self._pack(units, segment.columns, segment.valid)).embeddings()
         self.asking.choose(reducer, units.rows, reducer.raters(tokens), segment)
 
     @property
@@ -230,7 +104,7 @@ class Prefill:
         segment = self.now
         columns, valid = segment.columns, segment.valid
         index, filled = self._pack(units, columns, valid)
-        tokens = self._view(reducer, units, hidden, segment, index, filled, parts)
+        tokens = Offer(self, units, hidden, index, filled).tokens(reducer, parts)
         if planned is None:
             selection, counts = reducer.choose(tokens)
             if counts == held:
@@ -297,98 +171,6 @@ class Prefill:
         members = units.members(columns, valid)
         index = members.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
         return index, torch.arange(most, device=columns.device) < held
-
-    def _view(
-        self,
-        reducer: Reducer,
-        units: Units,
-        hidden: torch.Tensor,
-        segment: Segment,
-        index: torch.Tensor,
-        filled: torch.Tensor,
-        parts: Parts,
-    ) -> VisualTokens:
-        rows = units.rows[:, None]
-        at = segment.columns[rows, index]
-        tower = match = mark = None
-        source = self.state.tokens.source[rows, at].clamp(min=0)
-        if "tower" in reducer.needs:
-            assert self.tower is not None
-            tower = self.tower.tokens(source)
-        if "match" in reducer.needs:
-            match = self._match(reducer, units, hidden, segment, index, source, parts)
-        if "mark" in reducer.needs:
-            assert self.tower is not None
-            assert self.tower.mark is not None
-            mark = self.tower.mark.to(source.device)[source]
-        if "final_norm" in reducer.needs:
-            hidden = parts.norm(hidden)
-        attention = question = own = key_norm = None
-        if "key_norm" in reducer.needs:
-            key_norm = self.scores[KEYS].to(at.device)[rows, index]
-        if "last_row_attention" in reducer.needs:
-            attention = self.scores[LAST]
-        elif "question_attention" in reducer.needs:
-            attention = self.scores[reducer]
-        elif "own_row_attention" in reducer.needs:
-            attention = self._own_row(hidden, segment, parts)
-        if attention is not None:
-            attention = attention.to(at.device)[rows, index]
-        if "question" in reducer.needs:
-            question = self._asked(units, hidden, segment)
-        if "own_heads" in reducer.needs:
-            own = self._own_heads(hidden, rows, index, parts)
-        size = self.state.tokens.size[rows, at]
-        return VisualTokens(
-            units.units, hidden[rows, index], filled, size, attention, tower, question, own, match, mark, key_norm
-        )
-
-    def _match(
-        self,
-        reducer: Reducer,
-        units: Units,
-        hidden: torch.Tensor,
-        segment: Segment,
-        index: torch.Tensor,
-        source: torch.Tensor,
-        parts: Parts,
-    ) -> MatchTokens:
-        """Patches and questions in the space of the reducer's matcher."""
-        name: str = reducer.matcher  # type: ignore[attr-defined]
-        if name == EMBEDDINGS:
-            question = self._asked(units, hidden, segment)
-            patches = hidden[units.rows[:, None], index]
-            return MatchTokens(patches.float(), question.hidden.float(), question.valid, inverted=False)
-        assert self.tower is not None
-        found = self.tower.matched[name]
-        texts, used = parts.texts(name, hidden.device)
-        patches = found[source.to(found.device)].to(hidden.device)
-        return MatchTokens(patches, texts[units.rows], used[units.rows], load(name).inverted)
-
-    def _asked(self, units: Units, hidden: torch.Tensor, segment: Segment) -> QuestionTokens:
-        slots, used = self.asking.slots(segment)
-        at = units.rows[:, None], slots[units.rows]
-        norms = self.scores.get(KEYS)
-        return QuestionTokens(hidden[at], used[units.rows], None if norms is None else norms.to(hidden.device)[at])
-
-    def _own_row(self, hidden: torch.Tensor, segment: Segment, parts: Parts) -> torch.Tensor:
-        """Attention of the last prompt row in the layer about to be entered, float32 [B, n]."""
-        assert self.rope is not None
-        query, key, scale = parts.heads(hidden, self.rope)
-        slots = torch.arange(hidden.shape[1], device=hidden.device)
-        last = slots[-1:].expand(len(hidden)) if self.last is None else self.last.to(hidden.device)
-        visible = self.state.tokens.role.gather(1, segment.columns) != Role.PAD
-        visible = visible if segment.valid is None else visible & segment.valid
-        visible = visible & (slots <= last[:, None])
-        query = query.gather(2, last[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))
-        return key_scores(query, key, scale=scale, mask=visible[:, None, None], heads="mean")
-
-    def _own_heads(self, hidden: torch.Tensor, rows: torch.Tensor, index: torch.Tensor, parts: Parts) -> OwnHeads:
-        assert self.rope is not None
-        still = torch.ones_like(self.rope[0]), torch.zeros_like(self.rope[1])  # a rotation by nothing
-        query, key, _ = parts.heads(hidden, still)
-        found = (query, key, parts.heads(hidden, self.rope)[1])
-        return OwnHeads(*(x.transpose(1, 2)[rows, index].transpose(1, 2) for x in found))
 
     def _merge(
         self,

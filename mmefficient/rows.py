@@ -7,7 +7,6 @@ values go into the cache as ever.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +24,9 @@ from mmefficient.kernels.grouped_attention import Layout, grouped_attention
 from mmefficient.kernels.grouped_attention.pattern import IMAGE, SOLO, causal
 from mmefficient.kernels.grouped_attention.pattern import Pattern as Pairs
 from mmefficient.kernels.grouped_attention.tokens import layout_of
+from mmefficient.offer import Rope
 from mmefficient.points import EVERYTHING, LayerMethod, Pattern, RowPolicy, VisualWork
-from mmefficient.reduction import Prefill, Rope
+from mmefficient.reduction import Prefill
 from mmefficient.steering import held
 from mmefficient.tokens import Role
 
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from mmefficient.models.base import Adapter
 
 FEW_KEYS = 2048
-"""With fewer keys than this, one dense mask for the text rows costs less than launching blocks."""
+"""With fewer keys than this, one dense mask for the text rows costs less than planning blocks and launching them."""
+FEW_KEYS_IDLE = 8192
+"""The same where visual rows skip the FFN: a GPU then waits for launches, and the dense mask takes fewer."""
 
 LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -216,7 +218,7 @@ class RowLayer:
             query = chosen.unflatten(2, (-1, key.shape[3])).transpose(1, 2)
         if kwargs.get("past_key_values") is not None:
             store_first(kwargs["past_key_values"], attention.layer_idx, key, value)
-        seen = attend(query, key, value, slots, self.plan.pairs, packed, attention.scaling)
+        seen = attend(query, key, value, slots, self.plan, attention.scaling)
         out = seen.transpose(1, 2).flatten(2)
         if self.plan.work.attention != "self":
             return out
@@ -233,7 +235,8 @@ class RowLayer:
 
     def rotate(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Queries or keys [B, n, heads, d] at their positions."""
-        return _rotation(self.layer)(x[:, :, :0], x, *rope, unsqueeze_dim=2)[1]
+        cos, sin = (table.unsqueeze(2) for table in rope)
+        return x * cos + _rotation(self.layer)(x) * sin
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer.mlp(self.layer.post_attention_layernorm(x))
@@ -275,18 +278,14 @@ class RowLayer:
 
 
 def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    slots: Slots,
-    pairs: Pairs | None,
-    packed: bool,
-    scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: Slots, plan: LayerPlan, scale: float
 ) -> torch.Tensor:
-    """Attention of the text rows (`packed`) or of all rows: [B, H, t or n, d]."""
-    if packed and key.shape[2] < FEW_KEYS and key.shape[1] == query.shape[1]:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=slots.dense(pairs), scale=scale)
-    out = grouped_attention(query, key, value, slots.layout(pairs, packed, query), scale=scale)
+    """Attention of all rows, or of the text rows where visual rows ask nothing: [B, H, n or t, d]."""
+    packed = plan.work.attention != "full"
+    few = FEW_KEYS if plan.work.ffn else FEW_KEYS_IDLE
+    if packed and key.shape[2] < few and key.shape[1] == query.shape[1]:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=slots.dense(plan.pairs), scale=scale)
+    out = grouped_attention(query, key, value, slots.layout(plan.pairs, packed, query), scale=scale)
     assert isinstance(out, torch.Tensor)
     return out
 
@@ -316,8 +315,7 @@ def check_layer(layer: Any, plan: LayerPlan, adapter: Adapter, flash: bool) -> N
         raise ModelError(
             f"{name} is not the usual decoder layer ({found} differ); its visual rows cannot be run apart."
         )
-    rotation = getattr(sys.modules[type(layer.self_attn).__module__], "apply_rotary_pos_emb", None)
-    if rotation is None or "unsqueeze_dim" not in inspect.signature(rotation).parameters:
+    if not hasattr(sys.modules[type(layer.self_attn).__module__], "rotate_half"):
         raise ModelError(f"{name} rotates queries and keys in its own way; its visual rows cannot be run apart.")
     if 0 < plan.work.ffn < 1:
         linear = [getattr(layer.mlp, part, None) for part in sorted(FFN_PARTS - {"act_fn"})]
@@ -354,5 +352,5 @@ def check_layer(layer: Any, plan: LayerPlan, adapter: Adapter, flash: bool) -> N
     _CHECKED.add(layer)
 
 
-def _rotation(layer: Any) -> Callable[..., Rope]:
-    return sys.modules[type(layer.self_attn).__module__].apply_rotary_pos_emb
+def _rotation(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return sys.modules[type(layer.self_attn).__module__].rotate_half

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mmefficient.errors import PlanError
-from mmefficient.reduction import PromptState
+from mmefficient.prompt import PromptState
 from mmefficient.report import Report
 
 if TYPE_CHECKING:

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+
+from mmefficient.methods import _registry as registry
+from tests import tiny
+from tests.executor import test_batches
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
 def execute(name: str) -> int:
     """Run the blocks of one page in order; returns how many there are."""
+    return run_page(name)[0]
+
+
+def run_page(name: str) -> tuple[int, dict[str, Any]]:
+    """The same, and the names that the blocks have defined."""
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL)
-    names: dict[str, object] = {}
+    page = sys.modules["page"] = ModuleType("page")  # dataclasses look their module up
     for block in blocks:
-        exec(compile(block, f"docs/{name}", "exec"), names)
-    return len(blocks)
+        exec(compile(block, f"docs/{name}", "exec"), page.__dict__)
+    return len(blocks), page.__dict__
 
 
 def test_kernels() -> None:
@@ -35,3 +47,13 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_matchers(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute("matchers.md") == 1
     assert "visual_total=576" in capsys.readouterr().out
+
+
+def test_adding_a_method(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The printed file works, and the printed row passes in every family."""
+    blocks, names = run_page("adding-a-method.md")
+    assert blocks == 3
+    assert "largest(keep=0.25) [144, 144" in capsys.readouterr().out
+    monkeypatch.setitem(registry(), "largest", names["Largest"])
+    for family in tiny.FAMILIES:
+        test_batches.test_rows_equal_batch_one_and_hiding_equals_removing(family, "largest(keep=0.4)")

@@ -10,9 +10,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mmefficient.cli import app
-from mmefficient.draw import LINE, MARGIN, SIDE, kept_tokens
+from mmefficient.draw import GAP, LINE, MARGIN, SIDE, kept_at, kept_tokens
 from mmefficient.errors import InputError
+from mmefficient.plan import Plan
 from mmefficient.report import Report, RowReport
+from tests import tiny
 
 
 def report(lives: list[int], places: list[tuple[int, int, int, int]], layers: int = 4) -> Report:
@@ -47,10 +49,33 @@ def test_the_centre_of_a_wide_picture_is_what_the_tower_saw() -> None:
     assert panel.getcolors() == [(panel.width * panel.height, (0, 0, 255))]
 
 
-@pytest.mark.parametrize("other", [(1, 0, 0, 0), (0, 1, 0, 0)])
-def test_several_images_or_tiles_are_refused(other: tuple[int, int, int, int]) -> None:
-    with pytest.raises(InputError, match="row 0"):
-        kept_tokens(Image.new("RGB", (9, 9)), [(report([4, 4], [(0, 0, 0, 0), other]), "")])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("size", [(40, 20), (24, 30), (16, 16)])
+def test_every_token_of_every_family_is_where_the_processor_put_it(family: str, size: tuple[int, int]) -> None:
+    """Tiles beside their overview, 2 x 2 merges, unpadded grids: each cell is lit in the layers that hold it."""
+    model = tiny.build(family)
+    visual, pixels = tiny.visual_ids(family, size)
+    batch = tiny.collate(family, [([2, 3, *visual, 4, 5], [pixels])])
+    with Plan("random(keep=0.7)+fastv(layer=2,keep=0.4)").apply(model) as run, torch.no_grad():
+        model(**batch)
+    found, picture = run.report(), Image.new("RGB", (size[1] * 10, size[0] * 10), (200, 100, 50))
+    place, views = found.places[0], found.places[0][:, 1].unique().tolist()
+    assert len(views) == (2 if family in ("llava_next", "llava_onevision") else 1)
+    for layer in range(tiny.LAYERS):
+        panel, kept = kept_at(picture, found, layer), set(found.kept(0, layer).tolist())
+        width = (panel.width - GAP * (len(views) - 1)) / len(views)
+        for index, (_, view, row, col) in enumerate(place.tolist()):
+            rows, cols = (place[place[:, 1] == view][:, 2:].amax(0) + 1).tolist()
+            x = views.index(view) * (width + GAP) + (col + 0.5) * width / cols
+            pixel = panel.getpixel((int(x), int((row + 0.5) * panel.height / rows)))
+            assert pixel == ((200, 100, 50) if index in kept else (44, 22, 11))
+
+
+def test_several_images_and_videos_are_refused() -> None:
+    for others in ([(1, 0, 0, 0)], [(0, 1, 0, 0), (0, 2, 0, 0)]):
+        places = [(0, 0, 0, 0), *others]
+        with pytest.raises(InputError, match="row 0"):
+            kept_tokens(Image.new("RGB", (9, 9)), [(report([4] * len(places), places), "")])
     nothing = Report(
         "p", "apply", [RowReport(0, [0])], 1, 1, lives_until=(torch.empty(0),), places=(torch.empty(0, 4),)
     )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mmefficient.kernels.common import ceil_div, power_above
-from mmefficient.kernels.launch import begin, launch
+from mmefficient.kernels.launch import begin, launch, release
 
 
 @triton.jit
@@ -40,6 +40,7 @@ def _compact(
     else:
         h -= x_heads
         _copy(y, y_out, keep, b, h, block, y_b, y_h, y_n, y_c, keep_b, keep_h, y_heads, kept, Y_C, Y_BLOCK, BLOCK_N)
+    release(OVERLAP)
 
 
 def gather_two(x: torch.Tensor, y: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

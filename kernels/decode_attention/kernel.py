@@ -15,7 +15,7 @@ import triton.language as tl
 
 from mmefficient.kernels.arrivals import counters
 from mmefficient.kernels.common import ceil_div, power_above, processors, shared_memory
-from mmefficient.kernels.launch import begin, launch
+from mmefficient.kernels.launch import begin, launch, release
 
 MAX_BLOCK_M = 64  # more rows go to further programs
 
@@ -126,6 +126,7 @@ def _decode(
         total = total * fade + tl.sum(weight, 1)
         acc = tl.dot(weight.to(z.dtype), z, acc * fade[:, None], input_precision=PRECISION)
         top = best
+    release(OVERLAP)
     heads = kv_heads * REPEAT
     spot = ((g * batch + b) * heads + h).to(tl.int64) * NEW + new
     inside = used[:, None] & in_d[None]

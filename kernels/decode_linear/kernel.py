@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from mmefficient.kernels.common import ceil_div
-from mmefficient.kernels.launch import begin, launch
+from mmefficient.kernels.launch import begin, launch, release
 
 
 @triton.jit
@@ -54,6 +54,7 @@ def _linear(
         acc += y.to(tl.float32) * a[None]
         if GATED:
             up += z.to(tl.float32) * a[None]
+    release(OVERLAP)
     scale = 1.0
     if NORM:
         scale = tl.rsqrt(tl.sum(square, 0) / K + eps)

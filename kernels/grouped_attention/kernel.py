@@ -89,37 +89,37 @@ def _step(
 
 @triton.jit
 def _merged(
-    acc, level, scratch, arrived, task, part, parts, tasks, slots, out, lse, o_n, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, LSE: tl.constexpr,
+    acc, level, scratch, arrived, task, part, parts, tasks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Leave a part where others find it; the last of `parts` (room is for PARTS) writes the merge of all."""
+    """Whether all `parts` (room is for PARTS) have now finished this task, and if so their merge."""
     d = tl.arange(0, BLOCK_D)
     levels = scratch + tasks * PARTS * BLOCK_M * D
     spot = (task * PARTS + part) * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(levels + spot, level)
     tl.store(scratch + spot[:, None] * D + d[None], acc, mask=(d < D)[None])
     tl.debug_barrier()  # every thread has stored before one of them says so
-    if tl.atomic_add(arrived + task, 1, sem="acq_rel", scope="gpu") == parts - 1:
+    last = tl.atomic_add(arrived + task, 1, sem="acq_rel", scope="gpu") == parts - 1
+    if last:
         tl.store(arrived + task, 0)
-        p = tl.arange(0, PARTS)
-        for start in range(0, BLOCK_M, CHUNK):  # all parts at a time: few waits for memory
-            row = start + tl.arange(0, CHUNK)
-            n = tl.load(slots + row)
-            place = (task * PARTS + p)[:, None] * BLOCK_M + row[None]
-            # past the L1 cache, which is not coherent: other processors wrote this
-            each = tl.load(levels + place, mask=(p < parts)[:, None], other=float("-inf"), cache_modifier=".cg")
-            inside = (p < parts)[:, None, None] & (d < D)[None, None]
-            at = scratch + place[:, :, None] * D + d[None, None]
-            value = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
-            top = tl.max(each, 0)
-            safe = tl.where(top == float("-inf"), 0.0, top)
-            weight = tl.exp2(each - safe[None])
-            total = tl.sum(weight, 0)
-            mixed = tl.sum(value * weight[:, :, None], 0) / tl.where(total == 0, 1.0, total)[:, None]
-            at_out = out + n[:, None].to(tl.int64) * o_n + d[None]
-            tl.store(at_out, mixed.to(out.dtype.element_ty), mask=(n >= 0)[:, None] & (d < D)[None])
-            if LSE:
-                tl.store(lse + n, (safe + tl.log2(total)) * 0.6931471805599453, mask=n >= 0)
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for other in range(parts):  # past the L1 cache, which is not coherent: other processors wrote this
+            spot = (task * PARTS + other) * BLOCK_M + tl.arange(0, BLOCK_M)
+            here = tl.load(levels + spot, cache_modifier=".cg")
+            at = scratch + spot[:, None] * D + d[None]
+            value = tl.load(at, mask=(d < D)[None], other=0.0, cache_modifier=".cg")
+            new = tl.maximum(top, here)
+            safe = tl.where(new == float("-inf"), 0.0, new)
+            fade = tl.exp2(top - safe)
+            weight = tl.exp2(here - safe)
+            acc = acc * fade[:, None] + value * weight[:, None]
+            total = total * fade + weight
+            top = new
+        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+        level = tl.where(total == 0, float("-inf"), top + tl.log2(total))
+    return last, acc, level
 
 
 @triton.jit
@@ -179,17 +179,16 @@ def _soft_rows(
     level = tl.where(total == 0, float("-inf"), top * unit(scale, MAP, BIAS) + tl.log2(total))
     out += g.to(tl.int64) * o_g
     lse += (g * batch * heads + bh).to(tl.int64) * rows
-    alone = parts == 1
+    whole = part < parts
     if PARTS > 1:
-        if (parts > 1) & (part < parts):
+        split = whole & (parts > 1)
+        if split:
             task = ((block * GROUPS + g) * batch * heads + bh).to(tl.int64)
             tasks = (task * 0 + soft_blocks) * GROUPS * batch * heads
-            _merged(
-                acc, level, scratch, arrived, task, part, parts, tasks, slots, out, lse, o_n, D, BLOCK_D, BLOCK_M,
-                PARTS, min(BLOCK_M, max(128 // PARTS, 1)), LSE,
+            whole, acc, level = _merged(
+                acc, level, scratch, arrived, task, part, parts, tasks, D, BLOCK_D, BLOCK_M, PARTS
             )  # fmt: skip
-        alone = alone & (part == 0)
-    if alone:
+    if whole:
         at = out + n[:, None].to(tl.int64) * o_n + d[None]
         tl.store(at, acc.to(out.dtype.element_ty), mask=used[:, None] & (d < D)[None])
         if LSE:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from mmefficient.kernels.arrivals import counters
 from mmefficient.kernels.common import ceil_div, power_above, processors
-from mmefficient.kernels.launch import begin, launch
+from mmefficient.kernels.launch import begin, launch, release
 
 
 @triton.jit
@@ -86,6 +86,7 @@ def _one_row(
             total = tl.sum(tl.exp2(s - tl.where(top == float("-inf"), 0.0, top)), 0)
             tl.store(stats + each * 2 * blocks + block, top)
             tl.store(stats + (each * 2 + 1) * blocks + block, total)
+    release(OVERLAP)
     if not LSE:
         tl.debug_barrier()  # every thread has stored before one of them says so
         if tl.atomic_add(arrived + row, 1, sem="acq_rel", scope="gpu") == blocks - 1:

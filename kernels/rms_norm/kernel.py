@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mmefficient.kernels.common import power_above
-from mmefficient.kernels.launch import begin, launch
+from mmefficient.kernels.launch import begin, launch, release
 
 
 @triton.jit
@@ -25,6 +25,7 @@ def _norm(
             out.dtype.element_ty
         )
         tl.store(total + row * C + c, value, mask=inside)
+    release(OVERLAP)
     wide = value.to(tl.float32)
     wide *= tl.rsqrt(tl.sum(wide * wide, 0) / C + eps)
     wide *= tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)

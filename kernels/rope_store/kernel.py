@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mmefficient.kernels.common import ceil_div, power_above
-from mmefficient.kernels.launch import begin, launch
+from mmefficient.kernels.launch import begin, launch, release
 
 BLOCK_H = 8
 
@@ -62,6 +62,7 @@ def _rope_store(
         y = v_cache + b * vc_b + slot * vc_n
         h += (block - q_blocks - k_blocks) * BLOCK_H
         _turn(x, v_h, y, vc_h, angle, cos, sin, h, kv_heads, HALF, BLOCK, False)
+    release(OVERLAP)
 
 
 def rope_store(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mmefficient.kernels.common import ceil_div, power_above
-from mmefficient.kernels.launch import begin, launch
+from mmefficient.kernels.launch import begin, launch, release
 
 
 @triton.jit
@@ -17,6 +17,7 @@ def _swiglu(gate, up, out, gate_m, up_m, width, BLOCK: tl.constexpr, OVERLAP: tl
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + row * gate_m + c, mask=c < width, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_m + c, mask=c < width, other=0.0).to(tl.float32)
+    release(OVERLAP)
     tl.store(out + row * width + c, (g * u / (1.0 + tl.exp(-g))).to(out.dtype.element_ty), mask=c < width)
 
 

@@ -229,6 +229,9 @@ def evidence(
     batch: Annotated[list[int] | None, typer.Option(help="A batch size to time; repeat for more. 1 and 8.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per batch.")] = None,
     engine: Annotated[str, typer.Option(help="What runs the timed plans.")] = "eager",
+    kind: Annotated[list[str] | None, typer.Option(help="Only this kind of question; repeat for more.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Random selections that each plan is compared with.")] = 3,
+    positions: Annotated[str, typer.Option(help="both, or keep: leave out plans that close up position ids.")] = "both",
     repeats: Repeats = 7,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -239,7 +242,9 @@ def evidence(
     """
     from mmefficient.bench.evidence import command
 
-    command(out, clock, limit, budget, method, batch, batch_size, repeats, engine, device, dtype)
+    command(
+        out, clock, limit, budget, method, batch, batch_size, repeats, engine, kind, seeds, positions, device, dtype
+    )
 
 
 def _target(model: str, device: str, dtype: str, *, small: bool = False) -> Any:

@@ -39,6 +39,7 @@ from mmefficient.vlm import VLM
 WARM_UP = {"eager": 1}
 """Rounds that are not timed; 3 for other engines, which compile or capture."""
 
+KEEP = ",positions=keep"
 PER_KIND = ("value", "low", "high")
 
 
@@ -53,7 +54,7 @@ def usable(entries: Sequence[Entry], vlm: VLM) -> tuple[list[Entry], dict[str, s
                 pass
             vlm.ask(torch.zeros(3, 8, 8, dtype=torch.uint8), "?", plan=plan, max_new_tokens=1)
         except Exception as error:  # the table names a method that fails, and does not fall with it
-            left_out[entry.plan] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            left_out[entry.plan] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         else:
             found.setdefault(str(plan), Entry(entry.site, str(plan), entry.budget))
     return list(found.values()), left_out
@@ -188,18 +189,22 @@ def run(
     repeats: int,
     engine_name: str = "eager",
     folder: Path | None = None,
+    kinds: Sequence[str] | None = None,
+    seeds: int = 3,
 ) -> dict[str, Any]:
     """Measure everything, on all processes; every one of them has the whole result.
 
     Args:
         open_target: gives the `result.Target` to time on; None = no times. Plans that differ from another in
             `positions=keep` alone cost the same and are not timed.
-        folder: for answers, to resume from.
+        folder: for answers, to resume from. kinds: of question; all by default. seeds: of matched random selections.
     """
     world = Processes.current()
     chosen, left_out = usable(entries, vlm)
-    rows, facts = accuracy(chosen, vlm, limit=limit, batch_size=batch_size, out=folder)
-    plans = [row["plan"] for row in rows[1:] if "positions=keep" not in row["plan"]]
+    rows, facts = accuracy(chosen, vlm, limit=limit, batch_size=batch_size, out=folder, kinds=kinds, seeds=range(seeds))
+    facts["seeds"] = seeds
+    every = [row["plan"] for row in rows[1:]]
+    plans = [plan for plan in every if KEEP not in plan or plan.replace(KEEP, "") not in every]
     made: list[dict[str, Any]] = []
     about: list[dict[str, Any]] = []
     # who times is alone on the device
@@ -225,6 +230,9 @@ def command(
     batch_size: int | None,
     repeats: int,
     engine: str,
+    kinds: Sequence[str] | None,
+    seeds: int,
+    positions: str,
     device: str,
     dtype: str,
 ) -> None:
@@ -236,8 +244,11 @@ def command(
     place = world.device or device
     if dtype == "auto":
         dtype = "bfloat16" if resolve_device(place).type == "cuda" else "float32"
-    vlm = VLM.from_pretrained("reference", device=place, dtype=dtype)
+    vlm = VLM.from_pretrained("reference", device=place, dtype=dtype, engine="eager")
     wanted = entries(len(vlm.model.get_decoder().layers), budgets or BUDGETS)
+    if positions == "keep":
+        also = {entry.plan for entry in wanted}
+        wanted = [entry for entry in wanted if f"{entry.plan[:-1]},positions=keep)" not in also]
     if methods:
         wanted = [entry for entry in wanted if any(f"{name}(" in entry.plan for name in methods)]
     result = run(
@@ -249,6 +260,8 @@ def command(
         batches=batches or (1, 8),
         repeats=repeats,
         engine_name=engine,
+        kinds=kinds,
+        seeds=seeds,
         folder=out / "answers",
     )
     if world.rank:

@@ -42,7 +42,7 @@ def _intro(result: Mapping[str, Any]) -> str:
         f"Accuracy: embedded model, scenes test split, {settings['questions']} questions, {settings['dtype']}, greedy. "
         "In brackets the 95 % interval of the paired difference to no plan, in points (bootstrap over pictures).",
         f"**{NOT_BETTER}**: the plan's mean accuracy {MARK} in the paired interval; random keeps the same number of "
-        "(token, layer) pairs at the language model's input, mean of three seeds.",
+        f"(token, layer) pairs at the language model's input, mean of {result['seeds']} seed(s).",
     ]
     if clock:
         parts.append(

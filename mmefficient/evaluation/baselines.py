@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from mmefficient.evaluation.answers import Answer
 from mmefficient.plan import Plan
@@ -25,12 +25,12 @@ def budget(answers: Collection[Answer]) -> float:
     return round(sum(answer.visual_tokens for answer in answers) / total, 4) if total else 1.0
 
 
-def matched(share: float) -> Mapping[str, tuple[Plan, ...]]:
+def matched(share: float, seeds: Sequence[int] = RANDOM_SEEDS) -> Mapping[str, tuple[Plan, ...]]:
     """By name the baselines that keep `share`; none for a plan that keeps everything or nothing."""
     if not 0 < share < 1:
         return {}
     return {
-        "random": tuple(Plan(f"random(keep={share},seed={seed})") for seed in RANDOM_SEEDS),
+        "random": tuple(Plan(f"random(keep={share},seed={seed})") for seed in seeds),
         "grid": (Plan(f"grid(keep={share})"),),
         "pool": (Plan(f"pool(keep={share})"),),
     }

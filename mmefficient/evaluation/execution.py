@@ -74,9 +74,9 @@ class Execution:
         self.jobs[str(plan)] = Job(plan, log)
         return self.jobs[str(plan)]
 
-    def add_baselines(self, job: Job, names: Collection[str]) -> None:
+    def add_baselines(self, job: Job, names: Collection[str], seeds: Sequence[int]) -> None:
         """Adds baselines at the budget of a plan that has been run; what the model cannot carry goes to `left_out`."""
-        for name, plans in matched(job.share).items():
+        for name, plans in matched(job.share, seeds).items():
             if name not in names:
                 continue
             try:

@@ -15,7 +15,7 @@ from typing import Any
 from mmefficient.environment import collect
 from mmefficient.errors import InputError
 from mmefficient.evaluation import tasks
-from mmefficient.evaluation.baselines import NAMES
+from mmefficient.evaluation.baselines import NAMES, RANDOM_SEEDS
 from mmefficient.evaluation.execution import Execution
 from mmefficient.evaluation.generation import Asker, fingerprint
 from mmefficient.evaluation.markdown import markdown
@@ -43,6 +43,7 @@ def run_eval(
     dtype: str = "auto",
     kinds: Sequence[str] | None = None,
     baselines: bool | Collection[str] = True,
+    seeds: Sequence[int] = RANDOM_SEEDS,
     check_flips: int = 0,
     html: bool = True,
     resamples: int = 2000,
@@ -70,6 +71,7 @@ def run_eval(
         baselines: whether to add `random` (three seeds), `grid` and `pool`, or which of them, at the budget of every
             plan, which is its mean share of visual tokens over decoder layers (see
             `mmefficient.evaluation.baselines.budget`).
+        seeds: of the `random` baselines, whose mean is compared with.
         check_flips: how many questions per plan, evenly spaced, are asked again one by one, to count the answers that
             depend on the batch (low precision makes some).
         html: whether `report.html`, with its plots and lost answers, is one of the files.
@@ -115,7 +117,7 @@ def run_eval(
         if wanted:
             execution.run(size, 0, progress)  # budgets are what plans turn out to keep
         for job in given[1:] if wanted else ():
-            execution.add_baselines(job, wanted)
+            execution.add_baselines(job, wanted, seeds)
         runs = execution.run(size, check_flips, progress)
     report = build(
         task,

@@ -19,7 +19,7 @@ from mmefficient.points import QuestionTokens
 from mmefficient.profiles import Checkpoint, Profile
 
 RATIO, SLACK = 1.03, 0.02
-BIASES = torch.linspace(-10, 10, 201)
+BIASES = torch.linspace(-20, 20, 401)
 
 
 class Gates:
@@ -153,7 +153,7 @@ def fit(
         "layers": gates.layers,
         "bias": found["bias"],
         "calibration": found,
-        "steps": steps,
+        "steps": done,
         "rows": rows,
         "lr": lr,
     }

@@ -23,7 +23,7 @@ __all__ = ["EngineName", "attach", "engine_of", "release"]
 
 EngineName = Literal["auto", "graph", "eager"]
 ROPES = ("default", "linear", "llama3", "yarn")
-KNOWN = frozenset({"last_row_attention", "tower", "full_grid"})
+KNOWN = frozenset({"last_row_attention", "own_row_attention", "tower", "full_grid"})
 
 _engines: WeakKeyDictionary[nn.Module, Engine] = WeakKeyDictionary()
 

@@ -10,7 +10,7 @@ import torch
 
 from mmefficient.packing import Units
 from mmefficient.points import Scope
-from mmefficient.reduction import HostFacts
+from mmefficient.prompt import HostFacts
 from mmefficient.tokens import Role, TokenMap, build, images_of_rows
 from mmefficient.vision import Vision
 

@@ -13,7 +13,9 @@ from mmefficient.graph.capture import Inputs
 from mmefficient.graph.decoding import Session
 from mmefficient.graph.prompt import CHANGING, Prompt
 from mmefficient.masks import Segment, prefill_mask
-from mmefficient.reduction import LAST, Prefill, PromptState
+from mmefficient.offer import LAST
+from mmefficient.prompt import PromptState
+from mmefficient.reduction import Prefill
 from mmefficient.vision import Tower
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmefficient.errors import ModelError
+from mmefficient.errors import ModelError, PlanError
 from mmefficient.plan import Plan
 from tests import tiny
 from tests.executor.oracle import GREEDY, logits
@@ -95,6 +95,17 @@ def test_an_error_inside_the_model_leaves_nothing_behind() -> None:
     assert torch.equal(plain, logits(model, batch))
     with Plan("fastv(layer=1)").apply(model):
         logits(model, batch)
+
+
+def test_a_plan_that_cannot_be_put_on_leaves_nothing_behind() -> None:
+    """tome is refused while it is being attached, when other parts of the plan are on the model already."""
+    model = tiny.build("llava")
+    before = fingerprint(model)
+    with pytest.raises(PlanError, match="halve"), Plan("tome(keep=0.25)").apply(model):
+        pass
+    assert fingerprint(model) == before
+    with Plan("visionzip(dominant=3,contextual=1)").apply(model):
+        logits(model, tiny.ragged_batch("llava"))
 
 
 def test_a_foreign_wrapper_survives() -> None:

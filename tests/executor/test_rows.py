@@ -68,6 +68,7 @@ def test_dense_mask_and_blocks_agree(plan: str, monkeypatch: pytest.MonkeyPatch)
     model, batch, found = tiny.build("llava_next"), tiny.ragged_batch("llava_next"), []
     for few in (0, 8192):
         monkeypatch.setattr(rows, "FEW_KEYS", few)
+        monkeypatch.setattr(rows, "FEW_KEYS_IDLE", few)
         with Plan(plan).apply(model):
             found.append(logits(model, batch))
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from mmefficient import profiles
 from mmefficient.fitting.__main__ import app
 from mmefficient.fitting.dyvte import Gates, label
 from mmefficient.fitting.exit import divergences
@@ -20,7 +21,7 @@ from mmefficient.loading import load
 from mmefficient.models import reference
 from mmefficient.models.reference.scenes.catalogue import OBJECTS
 from mmefficient.plan import Plan
-from mmefficient.profiles import Profile
+from mmefficient.profiles import Checkpoint, Profile
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -189,3 +190,16 @@ def test_divergences_equal_the_slow_rule(loaded: tuple[Any, Any], checkpoint: Pa
     facts = Profile.read(tmp_path / "exit-fitted.json").facts
     above = [int(layer) for layer, value in facts["kl"].items() if value > facts["threshold"]]
     assert facts["layer"] == (max(above) + 1 if above else 1)
+
+
+def test_shipped_profiles_are_those_of_the_embedded_model() -> None:
+    model, _ = load("reference", device="cpu", dtype="float32", attn_implementation=None)
+    own = Checkpoint(model, len(model.get_decoder().layers))
+    shipped = [Profile.read(path) for path in sorted(Path(profiles.__file__).parent.glob("*-reference.json"))]
+    assert shipped
+    for profile in shipped:
+        assert profile.weights == own.weights
+        assert own.profile(profile.kind) == profile
+        assert profile.made["commit"]
+    with Plan("urag(keep=1,head=auto)").apply(model):
+        pass

@@ -14,6 +14,7 @@ from tests import tiny
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 PLANS = ["none", "fastv(layer=2,keep=0.5)", "pool(keep=0.3)", "exit(layer=2)", "random(keep=0.5)"]
+PLANS += ["pyramiddrop(shares=(0.6,0.4,0.2))"]
 TOWER = ["visionzip(dominant=0.4,contextual=0.2)", "fastervlm(keep=0.4)", "vispruner(keep=0.4,important=0.5)"]
 CASES = [(family, plan) for family in tiny.FAMILIES for plan in PLANS + (TOWER if family != "qwen2_5_vl" else [])]
 

@@ -28,6 +28,7 @@ PLANS = [
     "random(keep=0.5,positions=compact)",
     "visionzip(dominant=0.4,contextual=0.2)+fastv(layer=1,keep=0.5)",
     "grid(keep=0.6)+fastv(layer=1,keep=0.5)+exit(layer=3)",
+    "pyramiddrop(shares=(0.6,0.4,0.2))",
 ]
 CASES = [
     (family, plan)

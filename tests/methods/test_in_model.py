@@ -341,3 +341,20 @@ def test_stages_fit_the_depth_of_the_model() -> None:
         pass
     with pytest.raises(PlanError, match="out of range"), Plan("pyramiddrop(layers=(1,2,9))").apply(model):
         pass
+
+
+@torch.no_grad()
+def test_a_budget_may_be_a_mean_over_layers() -> None:
+    model = tiny.build("llava")
+    kept = [len(each) for each in reported(model, "fastv(layer=1,keep=0.5,over=layers)")]
+    assert kept == [32, 10, 10, 10]  # of each image 16, then round(16 / 3)
+    assert str(Plan("fastv(layer=1,keep=0.5)")) == "fastv(layer=1,keep=0.5)"
+    with (
+        pytest.raises(PlanError, match="spent before layer 2"),
+        Plan("fastv(layer=2,keep=0.5,over=layers)").apply(model),
+    ):
+        pass
+    with pytest.raises(PlanError, match="is a fraction"):
+        Plan("fastv(keep=5,over=layers)")
+    with pytest.raises(PlanError, match="acts before"):
+        Plan("fastv(layer=2)+fastv(layer=1)")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
-from mmefficient.errors import PlanError
-from mmefficient.points import Reducer, VisualTokens, about
+from mmefficient.errors import BudgetError, PlanError
+from mmefficient.points import Method, Reducer, VisualTokens, about
+from mmefficient.profiles import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,43 @@ class FastV(Reducer):
         default=0.5, metadata=about("visual tokens that stay, per image: a fraction in (0, 1] or a count")
     )
 
+    over: Literal["site", "layers"] = field(
+        default="site",
+        metadata=about("'site': keep holds from the layer on; 'layers': it is the mean over all layers", quiet=True),
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.over not in ("site", "layers"):
+            raise PlanError(f"fastv: over={self.over!r} is neither 'site' nor 'layers'.")
+        if self.over == "layers" and not isinstance(self.keep, float):
+            raise PlanError("fastv: a mean over layers is a fraction; write keep=0.25, or over=site for a count.")
         if self.layer == 0:
             raise PlanError("fastv: layer=0 has no layer before it to take attention from; use layer >= 1.")
+
+    @property
+    def staged(self) -> bool:
+        return False
+
+    def stages(self, checkpoint: Checkpoint) -> tuple[Method, ...]:
+        if self.over == "site":
+            return (self,)
+        return (FastV(self.layer, share_after(self.keep, self.layer, checkpoint.layers)),)
 
     def score(self, tokens: VisualTokens) -> torch.Tensor:
         assert tokens.attention is not None
         return tokens.attention
+
+
+def share_after(mean: float, site: int, layers: int) -> float:
+    """The share to keep from layer `site` on, for a mean over all `layers` of `mean`.
+
+    Raises:
+        BudgetError: the layers before hold more already.
+    """
+    share = (mean * layers - site) / (layers - site)
+    if share <= 0:
+        raise BudgetError(
+            f"keep={mean} as a mean over {layers} layers is spent before layer {site}; use an earlier one."
+        )
+    return share
