@@ -39,15 +39,17 @@ class Engine:
     scores: bool = False
 
 
+STOCK = Engine("hf", "stock generate, default cache")
+ATTACHED = Engine("eager", "ours, attached to the stock modules", ours=True, scores=True)
 ENGINES = (
-    Engine("hf", "stock generate, default cache"),
+    STOCK,
     Engine(
         "hf-static",
         "stock generate with a StaticCache: decoding is compiled",
         static=True,
         device="cuda",
     ),
-    Engine("eager", "ours, attached to the stock modules", ours=True, scores=True),
+    ATTACHED,
     Engine("graph", "ours, recorded programs (CUDA graphs)", ours=True, apply={"engine": "graph"}, device="cuda"),
     Engine("auto", "ours, the same programs unrecorded", ours=True, apply={"engine": "auto"}, device="cpu"),
 )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from mmefficient.bench.engines import Runner
+from mmefficient.bench.engines import ATTACHED, STOCK, Runner
 from mmefficient.errors import MMEfficientError
 
 LIMITS = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 0.1, torch.bfloat16: 0.25}
@@ -67,12 +67,15 @@ def compare(runner: Runner, reference: Runner, inputs: Mapping[str, torch.Tensor
 
 
 def verdicts(runners: list[Runner], inputs: Mapping[str, torch.Tensor], tokens: int) -> dict[Runner, Any]:
-    """Compare each runner with the first one of the same plan. A `Verdict`, or the error that says why it failed."""
+    """Compare each runner with stock `generate`, or under a plan with the attached engine, timed or not.
+
+    A `Verdict`, or the error that says why it failed.
+    """
     found: dict[Runner, Any] = {}
     for runner in runners:
-        reference = next(other for other in runners if other.plan == runner.plan)
+        trusted = ATTACHED if runner.plan else STOCK
         try:
-            found[runner] = compare(runner, reference, inputs, tokens)
+            found[runner] = compare(runner, Runner(runner.model, trusted, runner.plan), inputs, tokens)
         except Exception as error:
             found[runner] = error
     return found
