@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from colorsys import hsv_to_rgb
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -13,6 +14,7 @@ from mmefficient.report import Report
 SIDE = 252  # px: longer side of a panel
 MARGIN, LINE, GAP = 10, 18, 4  # px; the gap is between the views of one picture
 DIMMED = 0.22  # brightness of what has left
+MERGED, TINT = 0.6, 0.35  # brightness of what was merged into another token; strength of a group's colour
 
 
 def kept_tokens(picture: Image.Image, answers: Sequence[tuple[Report, str]], row: int = 0) -> Image.Image:
@@ -39,11 +41,20 @@ def kept_tokens(picture: Image.Image, answers: Sequence[tuple[Report, str]], row
 
 
 def kept_at(picture: Image.Image, report: Report, layer: int, row: int = 0) -> Image.Image:
-    """What decoder layer `layer` holds of `picture`; arguments and errors as in `kept_tokens`."""
+    """What decoder layer `layer` holds of `picture`; arguments and errors as in `kept_tokens`.
+
+    Tokens that were merged share a colour with the one that carries on their features, which alone is fully bright.
+    """
     place = _place(report, row)
-    light = torch.zeros(len(place))
-    light[report.kept(row, layer)] = 1.0
-    return _lit(picture, place, light)
+    held = torch.zeros(len(place), dtype=torch.bool)
+    held[report.kept(row, layer)] = True
+    light, group = held.float(), torch.full((len(place),), -1)
+    if report.merged_into:
+        into = report.merged_into[row]
+        together = held[into] & (into.bincount(minlength=len(into)) > 1)[into]
+        group[together] = into[together]
+        light[together & ~held] = MERGED
+    return _lit(picture, place, light, group)
 
 
 def attention_at(picture: Image.Image, report: Report, received: torch.Tensor, row: int = 0) -> Image.Image:
@@ -82,8 +93,10 @@ def _strip(picture: Image.Image, report: Report, text: str, row: int) -> Image.I
     return strip
 
 
-def _lit(picture: Image.Image, place: torch.Tensor, light: torch.Tensor) -> Image.Image:
-    """`picture` under the `light` in [0, 1] of its tokens [N], once per view, side by side."""
+def _lit(
+    picture: Image.Image, place: torch.Tensor, light: torch.Tensor, group: torch.Tensor | None = None
+) -> Image.Image:
+    """`picture` under the `light` in [0, 1] of its tokens [N], tinted by `group` (-1 = not), per view, side by side."""
     views = place[:, 1].unique().tolist()
     panels = []
     for view in views:
@@ -94,12 +107,27 @@ def _lit(picture: Image.Image, place: torch.Tensor, light: torch.Tensor) -> Imag
         mask[at[:, 0], at[:, 1]] = light[chosen].float()
         seen = _whole(picture) if len(views) > 1 else _centre(picture, rows, cols)
         shade = Image.fromarray((mask * 255).to(torch.uint8).numpy()).resize(seen.size, Image.Resampling.NEAREST)
-        panels.append(Image.composite(seen, seen.point(lambda value: int(value * DIMMED)), shade))
+        panel = Image.composite(seen, seen.point(lambda value: int(value * DIMMED)), shade)
+        if group is not None and bool((group[chosen] >= 0).any()):
+            panel = _tinted(panel, rows, cols, at, group[chosen])
+        panels.append(panel)
     width = sum(panel.width for panel in panels) + GAP * (len(panels) - 1)
     joined = Image.new("RGB", (width, panels[0].height), "white")
     for index, panel in enumerate(panels):
         joined.paste(panel, (index * (panel.width + GAP), 0))
     return joined
+
+
+def _tinted(panel: Image.Image, rows: int, cols: int, at: torch.Tensor, group: torch.Tensor) -> Image.Image:
+    """A colour per group [N] over its tokens at (row, col) `at` [N, 2]; -1 = none."""
+    colour, where = Image.new("RGB", (cols, rows)), Image.new("L", (cols, rows))
+    for (row, col), number in zip(at.tolist(), group.tolist(), strict=True):
+        if number >= 0:
+            hue = number * 0.618034 % 1  # neighbouring numbers get colours far apart
+            colour.putpixel((col, row), tuple(round(255 * part) for part in hsv_to_rgb(hue, 0.9, 1.0)))
+            where.putpixel((col, row), round(255 * TINT))
+    near = Image.Resampling.NEAREST
+    return Image.composite(colour.resize(panel.size, near), panel, where.resize(panel.size, near))
 
 
 def _whole(picture: Image.Image) -> Image.Image:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import colorsys
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,17 @@ def test_an_unwritable_path_is_one_sentence(tmp_path: Path) -> None:
     options = ["--plan", "exit(layer=6)", "--out", str(tmp_path / "no" / "kept.png"), "--device", "cpu"]
     done = CliRunner().invoke(app, ["show", "sample", "Is there a frog?", *options])
     assert isinstance(done.exception, InputError)
+
+
+def test_merged_tokens_share_a_colour_with_the_one_that_carries_them_on() -> None:
+    picture = Image.new("RGB", (300, 200), (100, 100, 100))
+    merged = dataclasses.replace(report([4, 0, 4, 0, 4, 0], GRID), merged_into=(torch.tensor([0, 0, 2, 3, 2, 5]),))
+    drawn = kept_at(picture, merged, 0)
+    cell = SIDE / 3
+    at = [drawn.getpixel((int((col + 0.5) * cell), int((row + 0.5) * cell))) for _, _, row, col in GRID]
+    hue = [colorsys.rgb_to_hsv(*(part / 255 for part in colour))[0] for colour in at]
+    assert hue[0] == pytest.approx(hue[1], abs=0.02)  # 1 went into 0
+    assert hue[2] == pytest.approx(hue[4], abs=0.02)  # 4 stays, and stands for what went into 2 as well
+    assert abs(hue[0] - hue[2]) > 0.1
+    assert sum(at[1]) < sum(at[0])
+    assert at[3] == at[5] == (22, 22, 22)  # left without being merged

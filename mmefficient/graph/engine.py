@@ -30,7 +30,8 @@ class Engine:
         recorder: None = run the programs as they are.
 
     Attributes:
-        head, embed: the first and the last module around the decoder; busy: a call of `generate` is running.
+        head, embed: the first and the last module around the decoder; busy: a call of `generate` is running;
+            searched: the config in which `generate` has found no settings of its own.
     """
 
     def __init__(self, model: Any, adapter: Adapter, recorder: Recorder | None) -> None:
@@ -39,6 +40,7 @@ class Engine:
         self.embed: Any = model.get_input_embeddings()
         self.lock = threading.RLock()
         self.busy = False
+        self.searched: dict[str, Any] | None = None
         attention: Any = adapter.layers[0].self_attn
         weight, size = attention.k_proj.weight, attention.head_dim
         self.captures = Captures(recorder, weight.device)

@@ -252,6 +252,17 @@ def test_calls_in_and_out_of_inference_mode(llava: Any) -> None:
         assert torch.equal(llava.generate(ids, **batch, max_new_tokens=5, do_sample=False), want)
 
 
+def test_settings_in_the_config_are_still_refused(llava: Any) -> None:
+    batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
+    for _ in range(2):
+        generate(llava, batch)
+    llava.config.temperature = 0.5
+    before = dict(vars(llava.config))
+    with pytest.raises(ValueError, match="configuration to control generation"):
+        generate(llava, batch)
+    assert dict(vars(llava.config)) == before
+
+
 def test_threads_take_turns(llava: Any) -> None:
     recording(llava)
     batches = [tiny.collate("llava", [each]) for each in tiny.ragged_prompts("llava")]
