@@ -23,13 +23,14 @@ from mmefficient.plan import Plan
 from mmefficient.vlm import VLM
 
 STRENGTHS: dict[str, tuple[str, ...]] = {
-    "vhr": tuple(f"vhr(alpha={a},second={s})" for s in (False, True) for a in (1.15, 1.3, 1.5, 2.0)),
-    "pai": tuple(f"pai(alpha={a},first={f})" for f in (2, 6) for a in (0.05, 0.1, 0.2, 0.4)),
-    "vaf": tuple(f"vaf(enhance={e},suppress={s},first=3,last=8)" for e in (1.05, 1.15, 1.3) for s in (0.95, 1.0)),
-    "var": tuple(f"var(p={p},rho={r},tau={t},first=1)" for p in (0.3, 0.6) for r in (0.5, 0.8) for t in (4.0, 8.0)),
-    "adhh": tuple(f"adhh(theta={t})" for t in (0.05, 0.2, 0.4)),
-    "paint": tuple(f"paint(alpha={a},beta={b})" for a in (0.1, 0.3, 0.7) for b in (0.1, 0.4)),
-    "spin": tuple(f"spin(keep={k},factor={f})" for k in (0.5, 0.75, 0.88) for f in (0.08, 0.5)),
+    "vhr": tuple(f"vhr(alpha={a},deep={d})" for d in (0.0, 0.25, 0.4375) for a in (1.5, 2.0, 3.0)),
+    "pai": tuple(f"pai(alpha={a})" for a in (0.02, 0.05, 0.2)),
+    "vaf": tuple(f"vaf(enhance={e},first=3,last=8)" for e in (1.02, 1.05)),
+    "var": tuple(f"var(p={p},tau={t},first=1)" for p in (0.3, 0.6) for t in (4.0, 8.0)),
+    "adhh": tuple(f"adhh(theta={t})" for t in (0.05, 0.2)),
+    "paint": tuple(f"paint(alpha={a},beta={a})" for a in (0.1, 0.3)),
+    "spin": tuple(f"spin(keep={k},factor={f})" for k in (0.75, 0.88) for f in (0.08, 0.5)),
+    "vcd": tuple(f"vcd(alpha={a})" for a in (0.5, 1.0)),
 }
 """Plans tried of every method. Layers are shares of this model's twelve, as the papers' are of their models' 32."""
 REDUCERS = ("fastv(layer=2,keep=0.5)", "grid(keep=0.5)", "visionzip(dominant=260,contextual=28,positions=keep)")
