@@ -124,5 +124,7 @@ def figure(result: Mapping[str, Any]) -> Figure:
     axes[0].set_xscale("log")
     axes[0].set_ylabel("mean accuracy over kinds (%)")
     handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
-    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=7)
+    drawn.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=3 * len(panels), frameon=False, fontsize=7
+    )
     return drawn
