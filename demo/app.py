@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,4 +115,4 @@ def serve(
 if __name__ == "__main__":
     from mmefficient.cli import app
 
-    app(["demo"])
+    app(["demo", *sys.argv[1:]])

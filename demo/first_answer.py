@@ -1,8 +1,8 @@
 """How long a visitor waits: ``python -m mmefficient.demo.first_answer``.
 
 Starts the demo on two CPU cores, asks about the sample picture through the page's endpoint right after start-up,
-and prints the seconds until the first piece of an answer, until both plans have answered and been measured, and the
-same for a second question, as JSON.
+and prints the seconds until the first piece of an answer, until both plans have answered and been measured, the same
+for a second question, and by how much the process grows over more of them, as JSON.
 """
 
 from __future__ import annotations
@@ -10,9 +10,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 
-CORES = 2
+CORES, MORE = 2, 12
 QUESTION = "Is there a frog in the image?"
+
+
+def _resident_mib() -> float:
+    """Resident memory of this process (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def main() -> None:
@@ -26,7 +33,7 @@ def main() -> None:
     began = time.perf_counter()
     demo = serve(("reference",), device="cpu")
     client = Client(demo.address, verbose=False)
-    found = {"start_up_s": round(time.perf_counter() - began, 2)}
+    found: dict[str, float] = {"start_up_s": round(time.perf_counter() - began, 2)}
     for name in ("first_question", "second_question"):
         began, first = time.perf_counter(), 0.0
         picture = handle_file(str(reference.sample_picture()))
@@ -37,6 +44,11 @@ def main() -> None:
         job.result()
         found[f"{name}_first_piece_s"] = round(first, 2)
         found[f"{name}_all_measured_s"] = round(time.perf_counter() - began, 2)
+    before = _resident_mib()
+    for _ in range(MORE):
+        client.predict("reference", picture, QUESTION, "none", "fastv(layer=2,keep=0.25)", api_name="/ask")
+    found["resident_mib"] = round(before)
+    found[f"growth_over_{MORE}_questions_mib"] = round(_resident_mib() - before, 1)
     demo.close()
     print(json.dumps({"cores": CORES, **found, "environment": collect()}, indent=1))
 

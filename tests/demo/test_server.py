@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -126,6 +128,13 @@ def test_large_uploads_are_refused(demo: Demo) -> None:
 def test_it_listens_on_this_machine_alone(demo: Demo) -> None:
     assert demo.address.startswith("http://127.0.0.1:")
     assert demo.page.share_url is None
+
+
+def test_the_file_itself_is_the_command() -> None:
+    page = Path(__file__).parents[2] / "demo" / "app.py"
+    done = subprocess.run([sys.executable, page, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "--share" in done.stdout
 
 
 def test_a_bad_password_option_is_one_sentence() -> None:
