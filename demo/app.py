@@ -51,8 +51,7 @@ def build(service: Service, folder: Path) -> gr.Blocks:
             plan_tab(service, inputs, folder)
         with gr.Tab("Compare"):
             compare_tab(service, inputs)
-        with gr.Tab("Heads"):
-            heads_tab(service, inputs)
+            heads_tab(service, inputs)  # a tab of its own would not fit a phone's width
         with gr.Tab("Evaluate"):
             evaluate_tab(service, inputs)
     page.queue(max_size=WAITING, default_concurrency_limit=4)
