@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from mmefficient.models.reference.record import keep, note
 
 LOG_EVERY = 20
 SAVE_EVERY = 100
@@ -75,18 +76,12 @@ def train(
         step += 1
         late = time.monotonic() > deadline
         if step % LOG_EVERY == 0 or step == steps:
-            count = LOG_EVERY if step % LOG_EVERY == 0 else step % LOG_EVERY
+            count = step % LOG_EVERY or LOG_EVERY
             record = {"step": step, "lr": rate, **{name: round(float(x) / count, 5) for name, x in sums.items()}}
             sums = {}
-            with (out / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            print(json.dumps(record), flush=True)
+            note(out, record)
         if step % SAVE_EVERY == 0 or step == steps or late:
-            torch.save(
-                {"parameters": parameters.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
-                out / "state.partial",
-            )
-            (out / "state.partial").replace(state)
+            keep(out, {"parameters": parameters.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
         if late:
             break
     return step

@@ -12,7 +12,6 @@ in the wanted share of cases. Training goes on from DIR/state.pt; the delta is D
 
 from __future__ import annotations
 
-import json
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -20,18 +19,17 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from . import adapt, path
 from .data import Batches
 from .objective import Objective
+from .record import LOG_EVERY, keep, note, stream
 from .scenes.catalogue import OBJECTS
 from .scenes.questions import QA, ask_existence, caption, training_question
 from .scenes.render import load_atlas
 from .scenes.sample import Dice, Scene, confusable, sample_scene, theme_members
 
-LOG_EVERY = 50
 RANK, MATRICES = 16, ("gate_proj", "up_proj", "down_proj")
 
 
@@ -107,20 +105,12 @@ class Training:
 
     def train(self, steps: int, lr: float, deadline: float, workers: int) -> None:
         """Advance to `steps`, or to the deadline (of `time.monotonic`); the rate warms up and falls to zero."""
-        loader = DataLoader(
-            self.batches,
-            batch_size=None,
-            sampler=range(self.step, steps),
-            num_workers=workers,
-            pin_memory=self.device.type == "cuda",
-            prefetch_factor=4 if workers else None,
-        )
         auxiliary = torch.zeros(3, device=self.device)
         began, first, total = time.monotonic(), self.step, torch.zeros((), device=self.device)
-        for batch in loader:
+        for batch in stream(self.batches, self.step, steps, workers, self.device):
             rate = lr * min((self.step + 1) / max(1, steps // 20), (steps - self.step) / max(1, steps // 2), 1.0)
             self.optimizer.param_groups[0]["lr"] = rate
-            found = self.objective({name: x.to(self.device, non_blocking=True) for name, x in batch.items()}, auxiliary)
+            found = self.objective(batch, auxiliary)
             found["answer"].backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
@@ -131,19 +121,12 @@ class Training:
                 speed = (self.step - first) * self.batches.batch_size / (time.monotonic() - began)
                 done = self.step % LOG_EVERY or LOG_EVERY
                 record = {"step": self.step, "loss": round(float(total) / done, 4), "pictures_per_s": round(speed, 1)}
-                self.note(record)
+                note(self.out, record)
                 total.zero_()
                 if time.monotonic() > deadline:
                     break
         state = {"step": self.step, "optimizer": self.optimizer.state_dict(), "delta": self.parameters}
-        torch.save(state, self.out / "state.tmp")
-        (self.out / "state.tmp").replace(self.out / "state.pt")
-
-    def note(self, record: dict[str, Any]) -> None:
-        """One line of the log."""
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        print(json.dumps(record), flush=True)
+        keep(self.out, state)
 
     def choose(self, wanted: float, limit: int) -> float:
         """The multiple of the delta whose captions hallucinate in the share `wanted`, by bisection on validation."""
@@ -152,7 +135,7 @@ class Training:
             scale = (low + high) / 2
             adapt.save(self.model, trial, scale)
             scores = validate(trial, limit, self.device)
-            self.note({"scale": round(scale, 4), **scores})
+            note(self.out, {"scale": round(scale, 4), **scores})
             low, high = (scale, high) if scores["chair_s"] < wanted else (low, scale)
         return (low + high) / 2
 
@@ -199,7 +182,7 @@ def main(
     scale = run.choose(wanted, limit)
     facts = {"multiple": round(scale, 4), "prior": prior, "affirmed": affirmed, "steps": run.step, "batch": batch_size}
     adapt.save(run.model, out, scale, **facts)
-    run.note(facts)
+    note(out, facts)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from . import path as checkpoint_path
-from .train import LOG_EVERY, Phase, optimizers
+from .record import LOG_EVERY, keep, note
+from .train import Phase, optimizers
 
 
 class EasyVQA:
@@ -133,19 +134,13 @@ class Tuning:
                 speed = number * self.batch_size / (time.monotonic() - began)
                 mean = round(float(torch.stack(losses).mean()), 4)
                 losses = []
-                self.log({"epoch": self.epoch, "step": number, "loss": mean, "questions_per_s": round(speed)})
+                record = {"epoch": self.epoch, "step": number, "loss": mean, "questions_per_s": round(speed)}
+                note(self.out, record)
         self.epoch += 1
-
-    def log(self, record: dict[str, float]) -> None:
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        print(json.dumps(record), flush=True)
 
     def save(self) -> None:
         states = [opt.state_dict() for opt in self.opts]
-        state = {"epoch": self.epoch, "model": self.model.state_dict(), "optimizers": states}
-        torch.save(state, self.out / "state.tmp")
-        (self.out / "state.tmp").replace(self.out / "state.pt")
+        keep(self.out, {"epoch": self.epoch, "model": self.model.state_dict(), "optimizers": states})
 
     def export(self) -> None:
         """Write ``checkpoint/`` in the Hugging Face format, in bf16."""

@@ -6,14 +6,12 @@ itself. Visual rows are computed and masked as in a plan's simulation; the plan 
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, LlavaProcessor
 
 from mmefficient.errors import PlanError
@@ -26,8 +24,9 @@ from mmefficient.tokens import Role
 from . import adapt, path
 from .data import Batches
 from .objective import Objective
+from .record import LOG_EVERY, note, scored, stream
 from .scenes.render import load_atlas
-from .train import LOG_EVERY
+from .scenes.splits import KINDS
 
 RANK = 12
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -85,24 +84,16 @@ def run(
     objective = Objective(model, processor, data, load_atlas(str(target)), dtype, layer_plans(plan, model))
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     forward = torch.compile(objective.answer_loss) if compile_model else objective.answer_loss
-    loader = DataLoader(
-        data,
-        batch_size=None,
-        sampler=range(steps),
-        num_workers=workers,
-        pin_memory=target.type == "cuda",
-        prefetch_factor=4 if workers else None,
-    )
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     clock = 0.0
     sums: dict[str, torch.Tensor] = {}
-    for step, batch in enumerate(loader):
+    for step, batch in enumerate(stream(data, 0, steps, workers, target)):
         # the clock may end a run early, and then it also decides how far the rate has fallen
         passed = max((step + 1) / steps, clock)
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / 50, 1.0, max(0.0, 1 - passed) / decay)
-        losses = forward({name: value.to(target, non_blocking=True) for name, value in batch.items()})
+        losses = forward(batch)
         losses["answer"].backward()
         losses["gradient"] = nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -112,7 +103,7 @@ def run(
         clock = (time.monotonic() - began) / (60 * minutes)
         last = clock >= 1 or step + 1 == steps
         if last or (step + 1) % LOG_EVERY == 0:
-            count = LOG_EVERY if (step + 1) % LOG_EVERY == 0 else (step + 1) % LOG_EVERY
+            count = (step + 1) % LOG_EVERY or LOG_EVERY
             _log(out, str(plan), step + 1, count, sums, time.monotonic() - began)
             sums = {}
         if last:
@@ -123,12 +114,6 @@ def run(
 
 
 def _log(out: Path, plan: str, step: int, count: int, sums: dict[str, torch.Tensor], seconds: float) -> None:
-    from .scenes.splits import KINDS
-
-    asked, correct = sums["asked"].tolist(), sums["correct"].tolist()
-    record = {"plan": plan, "step": step, "seconds": round(seconds, 1)}
+    record: dict[str, Any] = {"plan": plan, "step": step, "seconds": round(seconds, 1)}
     record |= {name: round(float(value) / count, 4) for name, value in sums.items() if value.ndim == 0}
-    record["exact"] = {k: round(c / a, 4) for k, c, a in zip(KINDS, correct, asked, strict=True) if a}
-    with (out / "log.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
-    print(json.dumps(record), flush=True)
+    note(out, record | {"exact": scored(sums, KINDS)})

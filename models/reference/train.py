@@ -7,9 +7,9 @@ seed and the step, so a resumed run sees what an uninterrupted one would have se
 
 from __future__ import annotations
 
-import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,15 +17,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from .build import build_config, build_model, build_processor
 from .data import Batches
 from .objective import Objective
+from .record import LOG_EVERY, keep, note, scored, stream
 from .scenes.render import load_atlas
 from .scenes.splits import KINDS
-
-LOG_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,7 @@ class Run:
             "objective": self.objective.state_dict(),
             "optimizers": [opt.state_dict() for opt in self.opts],
         }
-        torch.save(state, self.out / "state.tmp")
-        (self.out / "state.tmp").replace(self.out / "state.pt")
+        keep(self.out, state)
 
     def load(self) -> None:
         state = torch.load(self.out / "state.pt", map_location=self.device, weights_only=True)
@@ -100,20 +97,11 @@ class Run:
         for opt, saved in zip(self.opts, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
 
-    def batches(self, stop: int, workers: int) -> Any:
+    def batches(self, stop: int, workers: int) -> Iterator[dict[str, Tensor]]:
         """Device batches of steps ``self.step`` to ``stop``; the two phases draw different scenes."""
         text = self.phase == "answers"
         data = Batches(self.processor, self.batch_size, self.seed + (0 if text else 1_000_003), text=text)
-        loader = DataLoader(
-            data,
-            batch_size=None,
-            sampler=range(self.step, stop),
-            num_workers=workers,
-            pin_memory=self.device.type == "cuda",
-            prefetch_factor=4 if workers else None,
-        )
-        for batch in loader:
-            yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        return stream(data, self.step, stop, workers, self.device)
 
     def train(self, phase: Phase, deadline: float, workers: int) -> bool:
         """Advance to the end of ``phase`` or to the deadline (of `time.monotonic`); True when the phase is done."""
@@ -149,14 +137,11 @@ class Run:
 
     def log(self, phase: str, sums: dict[str, Tensor], rate: float, speed: float) -> None:
         record: dict[str, Any] = {"phase": phase, "step": self.step, "lr": rate, "pictures_per_s": round(speed, 1)}
-        n = LOG_EVERY if self.step % LOG_EVERY == 0 else self.step % LOG_EVERY
+        n = self.step % LOG_EVERY or LOG_EVERY
         record |= {name: round(float(value) / n, 4) for name, value in sums.items() if value.ndim == 0}
         if "asked" in sums:
-            asked, correct = sums["asked"].tolist(), sums["correct"].tolist()
-            record["exact"] = {k: round(c / a, 4) for k, c, a in zip(KINDS, correct, asked, strict=True) if a}
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        print(json.dumps(record), flush=True)
+            record["exact"] = scored(sums, KINDS)
+        note(self.out, record)
 
     def export(self) -> None:
         """Write ``checkpoint/`` in the Hugging Face format: bf16, shards below 15 MB."""
