@@ -9,14 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mmefficient.fitting import training
 from mmefficient.fitting.scenes import ASKED, IGNORE, Batch, Prompts, batches, model_inputs
-from mmefficient.fitting.training import train
 from mmefficient.fitting.withdrawn import Withdrawal
 from mmefficient.flops import layer_flops
 from mmefficient.methods.reducers.dyvte import gate, gate_input
 from mmefficient.models import adapter_for
 from mmefficient.points import QuestionTokens
-from mmefficient.profiles import Checkpoint, Profile
 
 RATIO, SLACK = 1.03, 0.02
 BIASES = torch.linspace(-20, 20, 401)
@@ -131,33 +130,12 @@ def fit(
     target: float,
     checks: int,
 ) -> Path | None:
-    """Train and calibrate; returns the profile's path, or None if the time was up before the last step."""
+    """Train and calibrate; see `training.fit`."""
     gates = Gates(model, processor)
+
+    def check() -> dict[str, Any]:
+        found = gates.calibrate(Prompts(processor, rows, f"dyvte-check/{seed}"), checks, target)
+        return {"layers": gates.layers, "bias": found["bias"], "calibration": found}
+
     prompts = Prompts(processor, rows, f"dyvte/{seed}")
-    done = train(
-        gates.parameters,
-        gates.loss,
-        lambda start, stop: batches(prompts, start, stop, workers, model.device),
-        out,
-        steps,
-        lr,
-        minutes,
-    )
-    if done < steps:
-        return None
-    # the gates as they will be used, rounded
-    for parameter in gates.parameters.values():
-        parameter.data = parameter.data.bfloat16().float()
-    found = gates.calibrate(Prompts(processor, rows, f"dyvte-check/{seed}"), checks, target)
-    facts = {
-        "layers": gates.layers,
-        "bias": found["bias"],
-        "calibration": found,
-        "steps": done,
-        "rows": rows,
-        "lr": lr,
-    }
-    path = out / "dyvte-fitted.json"
-    tensors = {name: parameter.detach().bfloat16().cpu() for name, parameter in gates.parameters.items()}
-    Profile.make("dyvte", Checkpoint(model, gates.layers), facts).write(path, tensors)
-    return path
+    return training.fit("dyvte", gates, prompts, check, out, steps=steps, lr=lr, minutes=minutes, workers=workers)

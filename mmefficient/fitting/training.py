@@ -6,15 +6,27 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from mmefficient.fitting.scenes import Batch, Prompts, batches
 from mmefficient.models.reference.record import keep, note
+from mmefficient.profiles import Checkpoint, Profile
 
 LOG_EVERY = 20
 SAVE_EVERY = 100
+
+
+class Learner(Protocol):
+    """What learns beside a frozen model: `loss` of a batch gives "loss", and whatever else is to be logged."""
+
+    model: Any
+    adapter: Any
+    parameters: nn.ParameterDict
+
+    def loss(self, batch: Batch) -> dict[str, torch.Tensor]: ...
 
 
 @contextmanager
@@ -24,10 +36,10 @@ def inputs_of(layers: Any, wanted: Sequence[int]) -> Iterator[dict[int, torch.Te
     handles = []
     for index in wanted:
 
-        def note(module: Any, args: tuple[torch.Tensor, ...], index: int = index) -> None:
+        def take(module: Any, args: tuple[torch.Tensor, ...], index: int = index) -> None:
             seen[index] = args[0]
 
-        handles.append(layers[index].register_forward_pre_hook(note))
+        handles.append(layers[index].register_forward_pre_hook(take))
     try:
         yield seen
     finally:
@@ -85,3 +97,40 @@ def train(
         if late:
             break
     return step
+
+
+def fit(
+    method: str,
+    learner: Learner,
+    prompts: Prompts,
+    check: Callable[[], dict[str, Any]],
+    out: Path,
+    *,
+    steps: int,
+    lr: float,
+    minutes: float,
+    workers: int,
+) -> Path | None:
+    """Train on `prompts`, round to bfloat16 as shipped, and write the profile of `method` with what `check` finds then.
+
+    Returns:
+        the profile's path, or None if the time was up before the last step.
+    """
+    done = train(
+        learner.parameters,
+        learner.loss,
+        lambda start, stop: batches(prompts, start, stop, workers, learner.model.device),
+        out,
+        steps,
+        lr,
+        minutes,
+    )
+    if done < steps:
+        return None
+    for parameter in learner.parameters.values():
+        parameter.data = parameter.data.bfloat16().float()
+    facts = {**check(), "steps": done, "rows": prompts.rows, "lr": lr}
+    path = out / f"{method}-fitted.json"
+    tensors = {name: parameter.detach().bfloat16().cpu() for name, parameter in learner.parameters.items()}
+    Profile.make(method, Checkpoint(learner.model, len(learner.adapter.layers)), facts).write(path, tensors)
+    return path

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mmefficient.fitting import training
 from mmefficient.fitting.scenes import Batch, Prompts, batches, model_inputs
-from mmefficient.fitting.training import inputs_of, train
+from mmefficient.fitting.training import inputs_of
 from mmefficient.methods.reducers.urag import embed, late_interaction
 from mmefficient.models import adapter_for
 from mmefficient.plan import Plan
-from mmefficient.profiles import Checkpoint, Profile
 
 
 class Head:
@@ -101,25 +101,12 @@ def fit(
     workers: int,
     checks: int,
 ) -> Path | None:
-    """Train and check; returns the profile's path, or None if the time was up before the last step."""
+    """Train and check; see `training.fit`."""
     head = Head(model, processor, layer)
+
+    def check() -> dict[str, Any]:
+        found = head.check(Prompts(processor, rows, f"urag-check/{seed}", pages), checks)
+        return {"layer": layer, "pages": pages, "ranked_first": found}
+
     prompts = Prompts(processor, rows, f"urag/{seed}", pages)
-    done = train(
-        head.parameters,
-        head.loss,
-        lambda start, stop: batches(prompts, start, stop, workers, model.device),
-        out,
-        steps,
-        lr,
-        minutes,
-    )
-    if done < steps:
-        return None
-    for parameter in head.parameters.values():
-        parameter.data = parameter.data.bfloat16().float()
-    found = head.check(Prompts(processor, rows, f"urag-check/{seed}", pages), checks)
-    facts = {"layer": layer, "pages": pages, "ranked_first": found, "steps": done, "rows": rows, "lr": lr}
-    path = out / "urag-fitted.json"
-    tensors = {name: parameter.detach().bfloat16().cpu() for name, parameter in head.parameters.items()}
-    Profile.make("urag", Checkpoint(model, len(head.adapter.layers)), facts).write(path, tensors)
-    return path
+    return training.fit("urag", head, prompts, check, out, steps=steps, lr=lr, minutes=minutes, workers=workers)

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from mmefficient.errors import ModelError
 
@@ -125,24 +124,6 @@ class CudaGraphs:
             size = torch.cuda.memory_reserved() - before
             current.wait_stream(self.stream)
         return Recording(graph.replay, outputs, (graph, constants.kept), max(0, size))
-
-
-class Rerun:
-    """Keeps a recorder's promises without a GPU: outputs stay in place, constants are those of the first run."""
-
-    def record(self, body: Callable[[], Any]) -> Recording:
-        constants = Constants()
-        with constants:
-            outputs = body()
-
-        def replay() -> None:
-            with constants.again():
-                fresh = body()
-            for old, new in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(fresh), strict=True):
-                if isinstance(old, torch.Tensor):
-                    old.copy_(new)
-
-        return Recording(replay, outputs, constants.kept, 0)
 
 
 @dataclass

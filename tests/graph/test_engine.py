@@ -14,11 +14,11 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 from mmefficient.errors import InputError, ModelError, PlanError
 from mmefficient.graph import engine_of, release
-from mmefficient.graph.capture import Rerun
 from mmefficient.graph.engine import Engine
 from mmefficient.models import adapter_for
 from mmefficient.plan import Plan
 from tests import tiny
+from tests.graph.rerun import Rerun
 
 PLANS = [
     "none",
