@@ -43,20 +43,30 @@ KEEP = ",positions=keep"
 PER_KIND = ("value", "low", "high")
 
 
-def usable(entries: Sequence[Entry], vlm: VLM) -> tuple[list[Entry], dict[str, str]]:
-    """The entries that this installation and model can run, each plan once, under its full text; why not the others."""
-    found: dict[str, Entry] = {}
-    left_out: dict[str, str] = {}
-    for entry in entries:
+def usable(entries: Sequence[Entry], vlm: VLM, world: Processes | None = None) -> tuple[list[Entry], dict[str, str]]:
+    """The entries that this installation and model can run, each plan once, under its full text; why not the others.
+
+    Processes of a `world` divide the trials.
+    """
+    world = world or Processes()
+    tried: list[tuple[int, Entry, str]] = []
+    for place, entry in list(enumerate(entries))[world.rank :: world.size]:
         try:
             plan = Plan(entry.plan)
             with plan.apply(vlm.model):
                 pass
             vlm.ask(torch.zeros(3, 8, 8, dtype=torch.uint8), "?", plan=plan, max_new_tokens=1)
         except Exception as error:  # the table names a method that fails, and does not fall with it
-            left_out[entry.plan] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            tried.append((place, entry, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"))
         else:
-            found.setdefault(str(plan), Entry(entry.site, str(plan), entry.budget))
+            tried.append((place, Entry(entry.site, str(plan), entry.budget), ""))
+    found: dict[str, Entry] = {}
+    left_out: dict[str, str] = {}
+    for _, entry, why in sorted(world.gather(tried), key=lambda each: each[0]):
+        if why:
+            left_out[entry.plan] = why
+        else:
+            found.setdefault(entry.plan, entry)
     return list(found.values()), left_out
 
 
@@ -191,8 +201,12 @@ def run(
     folder: Path | None = None,
     kinds: Sequence[str] | None = None,
     seeds: int = 3,
+    write: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure everything, on all processes; every one of them has the whole result.
+
+    Budgets are answered one after the other, in the order of `entries`; with `write`, the first process passes it what
+    there is after each.
 
     Args:
         open_target: gives the `result.Target` to time on; None = no times. Plans that differ from another in
@@ -200,9 +214,15 @@ def run(
         folder: for answers, to resume from. kinds: of question; all by default. seeds: of matched random selections.
     """
     world = Processes.current()
-    chosen, left_out = usable(entries, vlm)
-    rows, facts = accuracy(chosen, vlm, limit=limit, batch_size=batch_size, out=folder, kinds=kinds, seeds=range(seeds))
-    facts["seeds"] = seeds
+    chosen, left_out = usable(entries, vlm, world)
+    ends = [at for at in range(1, len(chosen)) if chosen[at].budget != chosen[at - 1].budget] if write else []
+    for end in [*ends, len(chosen)]:
+        rows, facts = accuracy(
+            chosen[:end], vlm, limit=limit, batch_size=batch_size, out=folder, kinds=kinds, seeds=range(seeds)
+        )
+        facts |= {"benchmark": "evidence", "seeds": seeds, "left_out": left_out}
+        if write and world.rank == 0:
+            write({"rows": joined(rows, []), "clock": {}, **facts})
     every = [row["plan"] for row in rows[1:]]
     plans = [plan for plan in every if KEEP not in plan or plan.replace(KEEP, "") not in every]
     made: list[dict[str, Any]] = []
@@ -217,7 +237,10 @@ def run(
         about[0]["dtype"] = str(target.model.dtype).removeprefix("torch.")
     timed, found = world.gather(made), world.gather(about)
     clock = {**found[0], "processes": len(found)} if found else {}
-    return {"benchmark": "evidence", "rows": joined(rows, timed), "left_out": left_out, "clock": clock, **facts}
+    result = {"rows": joined(rows, timed), "clock": clock, **facts}
+    if write and world.rank == 0 and found:
+        write(result)
+    return result
 
 
 def command(
@@ -251,6 +274,15 @@ def command(
         wanted = [entry for entry in wanted if f"{entry.plan[:-1]},positions=keep)" not in also]
     if methods:
         wanted = [entry for entry in wanted if any(f"{name}(" in entry.plan for name in methods)]
+
+    def write(result: dict[str, Any]) -> None:
+        (out / "evidence.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (out / "evidence.md").write_text(f"# Evidence\n\n{tables(result)}\n", encoding="utf-8")
+        try:
+            figure(result).savefig(out / "evidence.png", dpi=130)
+        except ImportError:
+            print("no PNG: matplotlib is missing; pip install 'mmefficient[eval]' brings it.", file=sys.stderr)
+
     result = run(
         wanted,
         vlm,
@@ -263,14 +295,7 @@ def command(
         kinds=kinds,
         seeds=seeds,
         folder=out / "answers",
+        write=write,
     )
-    if world.rank:
-        return
-    text = tables(result)
-    (out / "evidence.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (out / "evidence.md").write_text(f"# Evidence\n\n{text}\n", encoding="utf-8")
-    try:
-        figure(result).savefig(out / "evidence.png", dpi=130)
-    except ImportError:
-        print("no PNG: matplotlib is missing; pip install 'mmefficient[eval]' brings it.", file=sys.stderr)
-    print(text)
+    if not world.rank:
+        print(tables(result))
