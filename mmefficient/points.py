@@ -1,26 +1,67 @@
-"""Extension points: what a method may change, and what it is given to decide by."""
+"""Extension points: what a method may change. What it decides by (`decisions`, `budgets`) can be had from here too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from mmefficient.errors import BudgetError, PlanError
+from mmefficient.budgets import Scope, Unit, at_depths, check_budget, resolve_budget
+from mmefficient.decisions import (
+    LayerTokens,
+    MatchTokens,
+    OwnHeads,
+    QuestionTokens,
+    Selection,
+    TowerLayer,
+    TowerTokens,
+    VisualTokens,
+    order_selection,
+    select_top,
+)
+from mmefficient.errors import PlanError
 from mmefficient.kernels.grouped_attention.pattern import Pattern as Pairs
 
 if TYPE_CHECKING:
     from mmefficient.models.base import Adapter
     from mmefficient.profiles import Checkpoint
 
+__all__ = [
+    "EVERYTHING",
+    "KEYS",
+    "LayerMethod",
+    "LayerTokens",
+    "Layers",
+    "MatchTokens",
+    "Method",
+    "OwnHeads",
+    "Pattern",
+    "Positions",
+    "QuestionTokens",
+    "Reducer",
+    "RowPolicy",
+    "Scope",
+    "Selection",
+    "TowerLayer",
+    "TowerTokens",
+    "Unit",
+    "VisualTokens",
+    "VisualWork",
+    "about",
+    "at_depths",
+    "check_budget",
+    "order_selection",
+    "resolve_budget",
+    "select_top",
+]
+
 KEYS: Literal["keys"] = "keys"
 """Among the scores of a layer, the sizes of its keys."""
 
 Positions = Literal["keep", "compact"]
-Scope = Literal["image", "prompt", "tile"]
 Layers = Literal["all"] | tuple[int, ...]
 
 
@@ -31,233 +72,6 @@ def about(help: str, quiet: bool = False) -> dict[str, Any]:
         quiet: a plan's text leaves the field out while it has its default.
     """
     return {"help": help, "quiet": quiet}
-
-
-def check_budget(name: str, keep: float | int, least: int = 1) -> None:
-    """A float is a fraction in (0, 1], an int a count of at least `least`.
-
-    Raises:
-        BudgetError: anything else.
-    """
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise BudgetError(f"{name}={keep!r} is not a number; give a fraction such as 0.25 or a count such as 144.")
-    if isinstance(keep, float) and not 0.0 < keep <= 1.0:
-        raise BudgetError(f"{name}={keep} is outside (0, 1]; give a fraction such as 0.25 or a count such as 144.")
-    if isinstance(keep, int) and keep < least:
-        raise BudgetError(f"{name}={keep} keeps too little; give a fraction in (0, 1] or a count of at least {least}.")
-
-
-def resolve_budget(keep: float | int, unit: Unit) -> int:
-    """Tokens that `keep` grants to `unit`: a fraction is rounded to the nearest count, at least 1.
-
-    Raises:
-        BudgetError: a count larger than the unit; names the row.
-    """
-    if isinstance(keep, float):
-        return max(1, int(keep * unit.count + 0.5))
-    if keep > unit.count:
-        raise BudgetError(f"row {unit.row} has {unit.count} visual tokens in {unit.label} but {keep} are to be kept.")
-    return keep
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One pool of visual tokens that a budget applies to.
-
-    Attributes:
-        row: row of the batch.
-        label: what the unit is, for messages ("image 0", "the prompt", "tile 2 of image 0").
-        ordinal: number of the unit within its row.
-        count: visual tokens in it now; total: in the prompt as it came.
-        grids: (rows, cols) of every view in it, in prompt order; empty unless every view is a complete grid.
-    """
-
-    row: int
-    label: str
-    ordinal: int
-    count: int
-    grids: tuple[tuple[int, int], ...]
-    total: int = -1
-
-    def __post_init__(self) -> None:
-        if self.total < 0:
-            object.__setattr__(self, "total", self.count)
-
-
-@dataclass(frozen=True)
-class TowerLayer:
-    """A layer of the vision tower to look into.
-
-    Attributes:
-        layer: number from 0, or from the end if negative; a float is a share of the tower's layers (0.375 of 24 is the
-            ninth, number 8); None = the layer whose output the projector reads.
-        rows: who asks: the CLS row (if the tower has one, else all rows), or all rows.
-        joined: count all heads as one; then attention is that of one wide head, and keys hold all channels.
-    """
-
-    layer: int | float | None = None
-    rows: Literal["class", "all"] = "class"
-    joined: bool = False
-
-
-@dataclass(frozen=True)
-class LayerTokens:
-    """What one tower layer knows about the visual tokens.
-
-    Attributes:
-        attention: float32 [U, N]: attention a patch receives, mean over the asking rows and over heads.
-        keys: mean over heads, or all channels of them, [U, N, d].
-    """
-
-    attention: torch.Tensor
-    keys: torch.Tensor
-
-
-@dataclass(frozen=True)
-class TowerTokens:
-    """What the vision tower knows about the visual tokens; [U, N, ...] like `VisualTokens`.
-
-    Attributes:
-        features: input of the projector, [U, N, Dv].
-        attention: float32 [U, N]: attention a patch receives in the layer whose output is `features`, mean over heads:
-            from the CLS row if the tower has one, else mean over all rows.
-        keys: keys of that layer, mean over heads, [U, N, d].
-        layers: the layers in `Reducer.tower_layers`.
-    """
-
-    features: torch.Tensor
-    attention: torch.Tensor
-    keys: torch.Tensor
-    layers: Mapping[TowerLayer, LayerTokens] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class QuestionTokens:
-    """The text after the last visual token of each unit's row: Q = the longest of them.
-
-    Attributes:
-        hidden: residual stream, [U, Q, D].
-        valid: bool [U, Q]; False in the unused tail. The last valid one is the prompt's last token.
-        key_norm: as in `VisualTokens`.
-    """
-
-    hidden: torch.Tensor
-    valid: torch.Tensor
-    key_norm: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class OwnHeads:
-    """Queries and keys of the visual tokens in the layer that they are about to enter.
-
-    Attributes:
-        query: before rotation, [U, H, N, d]; key: likewise, [U, G, N, d]; rotated: keys after rotation, [U, G, N, d].
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    rotated: torch.Tensor
-
-
-@dataclass(frozen=True)
-class MatchTokens:
-    """Visual tokens and questions in one space, as a matcher sees them.
-
-    Attributes:
-        patches: float32 [U, N, E], not normalised.
-        texts: float32 [U, C, E], not normalised: the question in as many pieces as the matcher reads it in.
-        valid: bool [U, C]; False where a question has fewer pieces than others.
-        inverted: small products mean a good match (see `matchers.Matcher`).
-    """
-
-    patches: torch.Tensor
-    texts: torch.Tensor
-    valid: torch.Tensor
-    inverted: bool
-
-
-@dataclass(frozen=True)
-class VisualTokens:
-    """The visual tokens at a reducer's site, packed by unit: U units, N = the most tokens any of them holds.
-
-    Attributes:
-        units: the U units.
-        hidden: residual stream entering the layer, [U, N, D]; for methods with "final_norm" in `Reducer.needs` as the
-            decoder's last norm sees it, the question's likewise.
-        valid: bool [U, N]; False in the unused tail of a short unit. Other tensors hold arbitrary numbers there.
-        size: float32 [U, N], original tokens each one stands for.
-        attention: float32 [U, N] or None: probability each token receives, mean over heads. `Reducer.needs` says from
-            whom: "last_row_attention", the last prompt row in the previous layer; "own_row_attention", the same row in
-            the layer about to be entered; "question_attention", the question rows that `Reducer.raters` chose in the
-            previous layer, mean over them.
-        tower, question, own, match: present when "tower", "question", "own_heads", "match" is in `Reducer.needs`.
-        key_norm: float32 [U, N] or None: sum of the absolute values of a token's (rotated) keys in the previous layer,
-            over all heads. Present when "key_norm" is in `Reducer.needs`.
-        mark: bool [U, N] or None: present when "mark" is in `Reducer.needs`: the places at which a tower that gives
-            fewer tokens (`Reducer.attach`) has put them; other places hold zeros.
-    """
-
-    units: tuple[Unit, ...]
-    hidden: torch.Tensor
-    valid: torch.Tensor
-    size: torch.Tensor
-    attention: torch.Tensor | None = None
-    tower: TowerTokens | None = None
-    question: QuestionTokens | None = None
-    own: OwnHeads | None = None
-    match: MatchTokens | None = None
-    mark: torch.Tensor | None = None
-    key_norm: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """A reducer's decision: K = the most tokens any unit keeps.
-
-    Attributes:
-        index: int64 [U, K], ascending places in the packed axis; a new token takes the position of its index.
-        valid: bool [U, K], False in the unused tail of a short unit.
-        mix: [U, K, N] or None. New token k gets the features mix[k] @ features; None = features of its index.
-    """
-
-    index: torch.Tensor
-    valid: torch.Tensor
-    mix: torch.Tensor | None = None
-
-
-def select_top(scores: torch.Tensor, valid: torch.Tensor, counts: Sequence[int]) -> Selection:
-    """The `counts[u]` highest scores of every unit, in prompt order; ties go to the earlier token.
-
-    Args:
-        scores: [U, N]; valid: bool [U, N]; counts: U counts, none larger than the unit.
-    """
-    ranked = scores.float().masked_fill(~valid, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    return order_selection(ranked, counts)
-
-
-def order_selection(ranked: torch.Tensor, counts: Sequence[int]) -> Selection:
-    """The first `counts[u]` entries of every row of `ranked` [U, >= max(counts)], put into prompt order."""
-    most = max(counts)
-    wanted = torch.tensor(counts, device=ranked.device)[:, None]
-    used = torch.arange(most, device=ranked.device) < wanted
-    index = ranked[:, :most].masked_fill(~used, torch.iinfo(torch.long).max).sort(dim=1).values
-    return Selection(index.masked_fill(~used, 0), used)
-
-
-def at_depths(name: str, given: Sequence[int], depths: Sequence[float], layers: int) -> tuple[int, ...]:
-    """The layers `given`, or, if none are, published `depths` (shares of the model) as layers, each above the last.
-
-    Raises:
-        PlanError: not as many as there are depths, or not in rising order.
-    """
-    if given:
-        if len(given) != len(depths) or sorted(set(given)) != list(given):
-            raise PlanError(f"{name}: layers={tuple(given)} are not {len(depths)} layer numbers in rising order.")
-        return tuple(given)
-    found: list[int] = []
-    for depth in depths:
-        found.append(max(round(depth * layers), found[-1] + 1 if found else 1))
-    return tuple(found)
 
 
 @dataclass(frozen=True)

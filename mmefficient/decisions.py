@@ -1,0 +1,171 @@
+"""What a reducer decides by, and what it says: visual tokens packed by unit, and a selection of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from mmefficient.budgets import Unit
+
+
+@dataclass(frozen=True)
+class TowerLayer:
+    """A layer of the vision tower to look into.
+
+    Attributes:
+        layer: number from 0, or from the end if negative; a float is a share of the tower's layers (0.375 of 24 is the
+            ninth, number 8); None = the layer whose output the projector reads.
+        rows: who asks: the CLS row (if the tower has one, else all rows), or all rows.
+        joined: count all heads as one; then attention is that of one wide head, and keys hold all channels.
+    """
+
+    layer: int | float | None = None
+    rows: Literal["class", "all"] = "class"
+    joined: bool = False
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """What one tower layer knows about the visual tokens.
+
+    Attributes:
+        attention: float32 [U, N]: attention a patch receives, mean over the asking rows and over heads.
+        keys: mean over heads, or all channels of them, [U, N, d].
+    """
+
+    attention: torch.Tensor
+    keys: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TowerTokens:
+    """What the vision tower knows about the visual tokens; [U, N, ...] like `VisualTokens`.
+
+    Attributes:
+        features: input of the projector, [U, N, Dv].
+        attention: float32 [U, N]: attention a patch receives in the layer whose output is `features`, mean over heads:
+            from the CLS row if the tower has one, else mean over all rows.
+        keys: keys of that layer, mean over heads, [U, N, d].
+        layers: the layers in `Reducer.tower_layers`.
+    """
+
+    features: torch.Tensor
+    attention: torch.Tensor
+    keys: torch.Tensor
+    layers: Mapping[TowerLayer, LayerTokens] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuestionTokens:
+    """The text after the last visual token of each unit's row: Q = the longest of them.
+
+    Attributes:
+        hidden: residual stream, [U, Q, D].
+        valid: bool [U, Q]; False in the unused tail. The last valid one is the prompt's last token.
+        key_norm: as in `VisualTokens`.
+    """
+
+    hidden: torch.Tensor
+    valid: torch.Tensor
+    key_norm: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class OwnHeads:
+    """Queries and keys of the visual tokens in the layer that they are about to enter.
+
+    Attributes:
+        query: before rotation, [U, H, N, d]; key: likewise, [U, G, N, d]; rotated: keys after rotation, [U, G, N, d].
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    rotated: torch.Tensor
+
+
+@dataclass(frozen=True)
+class MatchTokens:
+    """Visual tokens and questions in one space, as a matcher sees them.
+
+    Attributes:
+        patches: float32 [U, N, E], not normalised.
+        texts: float32 [U, C, E], not normalised: the question in as many pieces as the matcher reads it in.
+        valid: bool [U, C]; False where a question has fewer pieces than others.
+        inverted: small products mean a good match (see `matchers.Matcher`).
+    """
+
+    patches: torch.Tensor
+    texts: torch.Tensor
+    valid: torch.Tensor
+    inverted: bool
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens at a reducer's site, packed by unit: U units, N = the most tokens any of them holds.
+
+    Attributes:
+        units: the U units.
+        hidden: residual stream entering the layer, [U, N, D]; for methods with "final_norm" in `Reducer.needs` as the
+            decoder's last norm sees it, the question's likewise.
+        valid: bool [U, N]; False in the unused tail of a short unit. Other tensors hold arbitrary numbers there.
+        size: float32 [U, N], original tokens each one stands for.
+        attention: float32 [U, N] or None: probability each token receives, mean over heads. `Reducer.needs` says from
+            whom: "last_row_attention", the last prompt row in the previous layer; "own_row_attention", the same row in
+            the layer about to be entered; "question_attention", the question rows that `Reducer.raters` chose in the
+            previous layer, mean over them.
+        tower, question, own, match: present when "tower", "question", "own_heads", "match" is in `Reducer.needs`.
+        key_norm: float32 [U, N] or None: sum of the absolute values of a token's (rotated) keys in the previous layer,
+            over all heads. Present when "key_norm" is in `Reducer.needs`.
+        mark: bool [U, N] or None: present when "mark" is in `Reducer.needs`: the places at which a tower that gives
+            fewer tokens (`Reducer.attach`) has put them; other places hold zeros.
+    """
+
+    units: tuple[Unit, ...]
+    hidden: torch.Tensor
+    valid: torch.Tensor
+    size: torch.Tensor
+    attention: torch.Tensor | None = None
+    tower: TowerTokens | None = None
+    question: QuestionTokens | None = None
+    own: OwnHeads | None = None
+    match: MatchTokens | None = None
+    mark: torch.Tensor | None = None
+    key_norm: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A reducer's decision: K = the most tokens any unit keeps.
+
+    Attributes:
+        index: int64 [U, K], ascending places in the packed axis; a new token takes the position of its index.
+        valid: bool [U, K], False in the unused tail of a short unit.
+        mix: [U, K, N] or None. New token k gets the features mix[k] @ features; None = features of its index.
+    """
+
+    index: torch.Tensor
+    valid: torch.Tensor
+    mix: torch.Tensor | None = None
+
+
+def select_top(scores: torch.Tensor, valid: torch.Tensor, counts: Sequence[int]) -> Selection:
+    """The `counts[u]` highest scores of every unit, in prompt order; ties go to the earlier token.
+
+    Args:
+        scores: [U, N]; valid: bool [U, N]; counts: U counts, none larger than the unit.
+    """
+    ranked = scores.float().masked_fill(~valid, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    return order_selection(ranked, counts)
+
+
+def order_selection(ranked: torch.Tensor, counts: Sequence[int]) -> Selection:
+    """The first `counts[u]` entries of every row of `ranked` [U, >= max(counts)], put into prompt order."""
+    most = max(counts)
+    wanted = torch.tensor(counts, device=ranked.device)[:, None]
+    used = torch.arange(most, device=ranked.device) < wanted
+    index = ranked[:, :most].masked_fill(~used, torch.iinfo(torch.long).max).sort(dim=1).values
+    return Selection(index.masked_fill(~used, 0), used)
