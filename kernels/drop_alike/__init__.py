@@ -11,8 +11,8 @@ from mmefficient.kernels.drop_alike import reference
 
 __all__ = ["drop_alike"]
 
-MOST = 2048
-"""Longest list that one program sorts; longer ones go to the reference."""
+MOST = 16384
+"""Longest list, half of which one program holds at once; longer ones go to the reference."""
 
 
 def drop_alike(

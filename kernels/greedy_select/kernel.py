@@ -16,7 +16,12 @@ from mmefficient.kernels.common import processors
 
 _LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
 
-_TILE = 8192  # numbers of a block of rows that one program holds at once
+# numbers of a block of rows that one program holds at once, and its warps, from how many items on
+_SIZES = {
+    "max_min": ((2049, 8192, 16), (0, 8192, 8)),
+    "coverage": ((1025, 16384, 16), (0, 8192, 8)),
+    "volume": ((1025, 4096, 4), (0, 8192, 8)),
+}
 
 
 @triton.jit
@@ -148,8 +153,9 @@ def greedy_select(
         scratch = torch.empty(units, steps, items, dtype=torch.float32, device=device)
     else:
         scratch = first
-    rows = max(1, override.pop("TILE", _TILE) // block)
-    sizes = {"ROWS": rows, "num_warps": 16 if objective == "max_min" and block > 2048 else 8} | override
+    tile, warps = next((tile, warps) for least, tile, warps in _SIZES[objective] if items >= least)
+    rows = max(1, override.pop("TILE", tile) // block)
+    sizes = {"ROWS": rows, "num_warps": warps} | override
     if device.type == "cuda" and parts > 1:
         sizes["launch_cooperative_grid"] = True
     _select[(parts, units)](

@@ -3,8 +3,9 @@
     mmefficient bench selection
     mmefficient bench selection --plan "divprune(keep=0.111)" --plan "scope(keep=0.111)" --out selection.json
 
-Inputs are random and of LLaVA's sizes: one picture of 576 patches, five crops of 576, and one unit of 2,880. Times are
-medians of wall time from an idle device to an idle device, launches included, in milliseconds. Picks of the kernel are
+Inputs are random, of LLaVA's sizes and in bfloat16 where such a model gives them so: one picture of 576 patches, five
+crops of 576, and one unit of 2,880. Times are medians of wall time from an idle device to an idle device, launches
+included, in milliseconds. Picks of the kernel are
 compared with those of the loops before anything is timed; with sums of different order two scores that agree to the
 last bits may swap, so the table says how many picks are shared.
 """
@@ -94,9 +95,9 @@ def random_tokens(units: int, items: int, width: int, tower_width: int, device: 
     side = int((items // 5 if items % 5 == 0 else items) ** 0.5)
     grids = ((items // side, side),)
     tower = TowerTokens(
-        draw(units, items, tower_width) + draw(tower_width),
+        (draw(units, items, tower_width) + draw(tower_width)).bfloat16(),
         draw(units, items).abs() / items,
-        draw(units, items, 64),
+        draw(units, items, 64).bfloat16(),
     )
     hidden = (draw(units, items, width) + draw(width)).bfloat16()
     everything = torch.ones(units, items, dtype=torch.bool, device=device)

@@ -7,7 +7,7 @@ import torch
 
 from mmefficient.kernels.drop_alike import drop_alike
 
-SIZES = [(45, 9), *(pytest.param(*size, marks=pytest.mark.gpu) for size in ((576, 64), (1500, 100)))]
+SIZES = [(45, 9), *(pytest.param(*size, marks=pytest.mark.gpu) for size in ((576, 64), (1500, 100), (2880, 320)))]
 
 
 @pytest.mark.parametrize("levels", [4, 0])
@@ -22,6 +22,13 @@ def test_equals_the_reference(kernel: Any, device: torch.device, items: int, cou
     wanted = drop_alike(alike, ranked, starts, ends, counts, step=8, impl="reference")
     for mine, yours, kept in zip(found, wanted, counts, strict=True):
         assert torch.equal(mine[:kept], yours[:kept])
+
+
+def test_lists_of_thousands(kernel: Any, device: torch.device) -> None:
+    """Four rounds on more items than a block holds twice; longer lists than the kernel takes go to the reference."""
+    alike, ranked = torch.randn(1, 2880, 2880, device=device), torch.randperm(2880, device=device)[None]
+    found = kernel(drop_alike, alike, ranked, [160], [2880], [2690], step=8)
+    assert torch.equal(found, drop_alike(alike, ranked, [160], [2880], [2690], step=8, impl="reference"))
 
 
 def test_one_and_two_items(kernel: Any, device: torch.device) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from mmefficient.kernels.greedy_select import greedy_select
+from mmefficient.likeness import cosines
 from mmefficient.points import MatchTokens, Positions, Reducer, Scope, Selection, VisualTokens, about, order_selection
 
 
@@ -37,8 +38,7 @@ class CDPruner(Reducer):
     def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
         assert tokens.match is not None
         length = spread_by_row(relevance(tokens.match), tokens)
-        features = F.normalize(tokens.hidden.float(), dim=-1)
-        kernel = length[:, :, None] * (features @ features.transpose(1, 2)) * length[:, None]
+        kernel = length[:, :, None] * cosines(tokens.hidden) * length[:, None]
         return order_selection(greedy_select(kernel, tokens.valid, max(counts), objective="volume"), counts)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch.nn import functional as F
-
 from mmefficient.kernels.greedy_select import greedy_select
+from mmefficient.likeness import cosines
 from mmefficient.points import Positions, Reducer, Selection, VisualTokens, about, order_selection
 
 
@@ -28,6 +27,5 @@ class DivPrune(Reducer):
     )
 
     def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
-        hidden = F.normalize(tokens.hidden.float(), dim=-1)
-        distance = 1 - hidden @ hidden.transpose(1, 2)  # [U, N, N]
+        distance = 1 - cosines(tokens.hidden)
         return order_selection(greedy_select(distance, tokens.valid, max(counts), objective="max_min"), counts)

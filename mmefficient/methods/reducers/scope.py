@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch.nn import functional as F
-
 from mmefficient.errors import PlanError
 from mmefficient.kernels.greedy_select import greedy_select
+from mmefficient.likeness import cosines
 from mmefficient.points import Positions, Reducer, Selection, VisualTokens, about, order_selection
 from mmefficient.points import Scope as Sharing
 
@@ -40,9 +39,7 @@ class Scope(Reducer):
 
     def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
         assert tokens.tower is not None
-        features = F.normalize(tokens.tower.features.float(), dim=-1)
         weight = tokens.tower.attention**self.alpha
-        order = greedy_select(
-            features @ features.transpose(1, 2), tokens.valid, max(counts), objective="coverage", weight=weight
-        )
+        likeness = cosines(tokens.tower.features)
+        order = greedy_select(likeness, tokens.valid, max(counts), objective="coverage", weight=weight)
         return order_selection(order, counts)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mmefficient.errors import PlanError
 from mmefficient.kernels.drop_alike import drop_alike
+from mmefficient.likeness import cosines
 from mmefficient.points import Positions, Reducer, Scope, Selection, VisualTokens, about, order_selection
 
 STEP = 8  # patches removed per round, as released
@@ -42,12 +43,11 @@ class VisPruner(Reducer):
 
     def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
         assert tokens.tower is not None
-        features = F.normalize(tokens.tower.features.float(), dim=-1)
         attention = tokens.tower.attention.masked_fill(~tokens.valid, float("-inf"))
         ranked = attention.argsort(dim=1, descending=True, stable=True)
         important = [int(count * self.important) for count in counts]
         rest = drop_alike(
-            features @ features.transpose(1, 2),
+            cosines(tokens.tower.features),
             ranked,
             important,
             [unit.count for unit in tokens.units],
