@@ -8,7 +8,9 @@ from typing import Literal
 
 from mmefficient.errors import BudgetError, PlanError
 
-Scope = Literal["image", "prompt", "tile"]
+Scope = Literal["image", "tile", "frame", "prompt"]
+"""What shares a budget: a picture or video, a crop of a picture (its overview is one too) or frame of a video, a frame
+of a video alone (pictures stay whole), or a row's whole prompt."""
 
 
 def check_budget(name: str, keep: float | int, least: int = 1) -> None:

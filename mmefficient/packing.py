@@ -31,8 +31,13 @@ class Units:
     def of(cls, tokens: TokenMap, scope: Scope, device: torch.device) -> Units:
         """Units of a prompt; `tokens` lives on the CPU, the result's tensors on `device`."""
         at = tokens.visual.nonzero(as_tuple=True)
-        image, tile, view = tokens.image[at], tokens.tile[at], tokens.view[at]
-        parts = {"prompt": [], "image": [image], "tile": [image, tile]}[scope]
+        image, view = tokens.image[at], tokens.view[at]
+        parts = {
+            "prompt": [],
+            "image": [image],
+            "tile": [image, tokens.tile[at]],
+            "frame": [image, tokens.frame[at]],
+        }[scope]
         names, member, counts = _groups([at[0], *parts])
         rows = torch.tensor(names[0], dtype=torch.long)
         ordinals = torch.arange(len(rows)) - torch.searchsorted(rows, rows)
@@ -64,7 +69,9 @@ class Units:
 def _label(scope: Scope, name: Sequence[int]) -> str:
     if scope == "prompt":
         return "its prompt"
-    return f"image {name[0]}" if scope == "image" else f"crop {name[1]} of image {name[0]}"
+    if scope == "image":
+        return f"image {name[0]}"
+    return f"{'crop' if scope == 'tile' else 'frame'} {name[1]} of image {name[0]}"
 
 
 def _groups(labels: Sequence[torch.Tensor]) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EVERYTHING",
     "KEYS",
+    "SHARED",
     "LayerMethod",
     "LayerTokens",
     "Layers",
@@ -72,6 +73,12 @@ def about(help: str, quiet: bool = False) -> dict[str, Any]:
         quiet: a plan's text leaves the field out while it has its default.
     """
     return {"help": help, "quiet": quiet}
+
+
+SHARED = about(
+    "what shares a budget: 'image', 'tile' (a crop, or a frame), 'frame' (of a video) or 'prompt'", quiet=True
+)
+"""Metadata of the field `scope` of a reducer, by which a plan chooses (see `budgets.Scope`)."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +139,17 @@ class Reducer(Method):
     """Whether budgets depend on what the tokens hold (`choose`), which costs one wait for the device."""
     weighted: ClassVar[bool] = False
     """Whether keys count by their size from the site on, also for later tokens (log of the size on their logits)."""
-    scope: ClassVar[Scope] = "image"
+    shared_by: ClassVar[Scope] = "image"
+    """What shares a budget, for methods without a field `scope`."""
     space: ClassVar[Literal["lm", "tower"]] = "lm"
     """Whose features `Selection.mix` mixes; tower features go through the projector afterwards."""
     class_token: ClassVar[str] = ""
     """What stands in for the tower's CLS token where there is none; empty: the method does without one everywhere."""
+
+    @property
+    def scope(self) -> Scope:
+        """What shares a budget; methods whose rule holds for any pool of tokens have a field of this name instead."""
+        return self.shared_by
 
     @property
     def site(self) -> int:
@@ -165,6 +178,8 @@ class Reducer(Method):
     def __post_init__(self) -> None:
         if self.position_policy not in ("keep", "compact"):
             raise PlanError(f"{self.name}: positions={self.position_policy!r} is neither 'keep' nor 'compact'.")
+        if self.scope not in get_args(Scope):
+            raise PlanError(f"{self.name}: scope={self.scope!r} is none of {', '.join(get_args(Scope))}.")
         super().__post_init__()
         if self.site < 0:
             raise PlanError(f"{self.name}: layer={self.site} is not a layer number; count from 0.")

@@ -65,6 +65,7 @@ class TokenMap:
         role: `Role`, int64.
         image: ordinal of the image within its row; -1 for text and padding. int64.
         tile, row, col, view, line, source: as in `Layout` (`source` counts over the whole batch); -1 for text. int64.
+        frame: of a video; 0 in pictures, -1 for text. int64.
         position: rotary position ids, int64 [P, B, S]; P is 1, or 3 (time, height, width) for M-RoPE.
         size: how many original tokens a visual token stands for, float32.
         lives_until: index of the first decoder layer that no longer holds the token, int32.
@@ -80,6 +81,7 @@ class TokenMap:
     view: torch.Tensor
     line: torch.Tensor
     source: torch.Tensor
+    frame: torch.Tensor
     position: torch.Tensor
     size: torch.Tensor
     lives_until: torch.Tensor
@@ -175,7 +177,7 @@ def build(
         InputError: see `images_of_rows`.
     """
     batch, length = position.shape[1:]
-    columns = {name: torch.full((batch, length), -1, dtype=torch.long) for name in (*LAYOUT_FIELDS, "image")}
+    columns = {name: torch.full((batch, length), -1, dtype=torch.long) for name in (*LAYOUT_FIELDS, "frame", "image")}
     visual = torch.stack(list(kinds.values())).any(0)
     before = visual.long().cumsum(1) == 0
     role = torch.where(before & visual.any(1, keepdim=True), int(Role.SYSTEM), int(Role.QUESTION))
@@ -184,7 +186,7 @@ def build(
     placed = [0] * batch
     for kind, where in kinds.items():
         if kind not in layouts:  # known to be visual, and no more
-            role[where], columns["image"][where] = int(Role.IMAGE), 0
+            role[where], columns["image"][where], columns["frame"][where] = int(Role.IMAGE), 0, 0
             continue
         given = layouts[kind]
         rows = images_of_rows(where.sum(1).tolist(), [len(layout) for layout in given], kind, repeats.get(kind, 1))
@@ -195,6 +197,7 @@ def build(
             chosen = [given[image] for image in images]
             for name in LAYOUT_FIELDS:
                 columns[name][row, at] = torch.cat([getattr(layout, name) for layout in chosen])
+            columns["frame"][row, at] = columns["tile"][row, at] if kind == "video" else 0
             shift = torch.cat([torch.full((len(given[image]),), strides[kind][image]) for image in images])
             source = columns["source"][row, at]
             columns["source"][row, at] = torch.where(source >= 0, source + shift, source)

@@ -26,7 +26,7 @@ class _Watch(Reducer):
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = "keep everything and note the attention received"
     needs: ClassVar[frozenset[str]] = frozenset({"own_row_attention"})
-    scope: ClassVar[Scope] = "prompt"
+    shared_by: ClassVar[Scope] = "prompt"
     adaptive: ClassVar[bool] = True
 
     layer: int

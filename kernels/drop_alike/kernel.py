@@ -1,7 +1,7 @@
 """`drop_alike` in Triton: one launch runs every round; a unit's even items are shared out over programs.
 
 Programs of one unit meet twice in every round, so all of them must run at the same time: the launch is cooperative,
-which either guarantees that or fails. Nothing is sorted: an item's place among the even ones is how many are more alike.
+which either guarantees that or fails. Nothing is sorted: an item's rank is how many even ones are more alike.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ class Unpacked:
         size = torch.ones(self.ids.shape, device=self.ids.device)
         until = torch.full_like(self.ids, layers, dtype=torch.int32)
         unknown = self.ids.new_full((1, 1), -1).expand_as(self.ids)
-        rest = dict.fromkeys(("tile", "row", "col", "view"), unknown)
+        rest = dict.fromkeys(("tile", "row", "col", "view", "frame"), unknown)
         rest |= dict(zip(FIELDS, self.fields, strict=True))
         here = torch.arange(self.ids.shape[1], device=self.ids.device).repeat(len(self.ids), 1)
         return TokenMap(**rest, position=self.position, size=size, lives_until=until, carried_by=here)

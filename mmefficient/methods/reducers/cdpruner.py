@@ -11,7 +11,17 @@ from torch.nn import functional as F
 
 from mmefficient.kernels.greedy_select import greedy_select
 from mmefficient.likeness import cosines
-from mmefficient.points import MatchTokens, Positions, Reducer, Scope, Selection, VisualTokens, about, order_selection
+from mmefficient.points import (
+    SHARED,
+    MatchTokens,
+    Positions,
+    Reducer,
+    Scope,
+    Selection,
+    VisualTokens,
+    about,
+    order_selection,
+)
 
 
 @dataclass(frozen=True)
@@ -22,10 +32,9 @@ class CDPruner(Reducer):
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.10967"
     summary: ClassVar[str] = "keep patches that are different from each other and relevant to the question (DPP)"
     needs: ClassVar[frozenset[str]] = frozenset({"match"})
-    scope: ClassVar[Scope] = "tile"
 
     keep: float | int = field(
-        default=0.25, metadata=about("visual tokens that stay, per crop: a fraction in (0, 1] or a count")
+        default=0.25, metadata=about("visual tokens that stay of each unit of scope: a fraction in (0, 1] or a count")
     )
     matcher: str = field(
         default="openai/clip-vit-large-patch14-336",
@@ -34,6 +43,7 @@ class CDPruner(Reducer):
     positions: Positions = field(
         default="compact", metadata=about("'compact' the position ids, or 'keep' them", quiet=True)
     )
+    scope: Scope = field(default="tile", metadata=SHARED)
 
     def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
         assert tokens.match is not None

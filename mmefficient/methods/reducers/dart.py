@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from mmefficient.errors import PlanError
-from mmefficient.points import Reducer, Selection, VisualTokens, about, order_selection
+from mmefficient.points import SHARED, Reducer, Scope, Selection, VisualTokens, about, order_selection
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,11 @@ class Dart(Reducer):
         default=2, metadata=about("decoder layer at whose input tokens leave; keys come from the layer before")
     )
     keep: float | int = field(
-        default=0.222, metadata=about("visual tokens that stay, per image: a fraction in (0, 1] or a count")
+        default=0.222, metadata=about("visual tokens that stay of each unit of scope: a fraction in (0, 1] or a count")
     )
     image_pivots: int = field(default=4, metadata=about("pivots among the visual tokens, which stay", quiet=True))
     text_pivots: int = field(default=4, metadata=about("pivots among the tokens of the question", quiet=True))
+    scope: Scope = field(default="image", metadata=SHARED)
 
     def __post_init__(self) -> None:
         super().__post_init__()

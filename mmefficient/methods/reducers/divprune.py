@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from mmefficient.kernels.greedy_select import greedy_select
 from mmefficient.likeness import cosines
-from mmefficient.points import Positions, Reducer, Selection, VisualTokens, about, order_selection
+from mmefficient.points import SHARED, Positions, Reducer, Scope, Selection, VisualTokens, about, order_selection
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,12 @@ class DivPrune(Reducer):
     summary: ClassVar[str] = "keep tokens that are as different from each other as possible"
 
     keep: float | int = field(
-        default=0.098, metadata=about("visual tokens that stay, per image: a fraction in (0, 1] or a count")
+        default=0.098, metadata=about("visual tokens that stay of each unit of scope: a fraction in (0, 1] or a count")
     )
     positions: Positions = field(
         default="compact", metadata=about("'compact' the position ids, or 'keep' them", quiet=True)
     )
+    scope: Scope = field(default="image", metadata=SHARED)
 
     def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
         distance = 1 - cosines(tokens.hidden)

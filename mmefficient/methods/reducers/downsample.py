@@ -22,7 +22,7 @@ class Downsample(Reducer):
     summary: ClassVar[str] = "give the vision tower a smaller picture (baseline)"
     needs: ClassVar[frozenset[str]] = frozenset({"mark"})
     adaptive: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "tile"
+    shared_by: ClassVar[Scope] = "tile"
 
     keep: float | int = field(
         default=0.25, metadata=about("patches of the smaller picture, per crop: a fraction in (0, 1] or a count")

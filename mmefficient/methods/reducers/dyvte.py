@@ -21,7 +21,7 @@ class DyVTE(Reducer):
     name: ClassVar[str] = "dyvte"
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.19628"
     summary: ClassVar[str] = "all visual tokens leave when a trained gate says that the question has read them"
-    scope: ClassVar[Scope] = "prompt"
+    shared_by: ClassVar[Scope] = "prompt"
 
     gates: str = field(
         default="auto", metadata=about("profile with the gates; auto = the one made for this checkpoint", quiet=True)
@@ -40,7 +40,7 @@ class DyVTE(Reducer):
 class _Gate(Reducer):
     name: ClassVar[str] = "dyvte"
     needs: ClassVar[frozenset[str]] = frozenset({"question"})
-    scope: ClassVar[Scope] = "prompt"
+    shared_by: ClassVar[Scope] = "prompt"
     adaptive: ClassVar[bool] = True
 
     layer: int

@@ -20,7 +20,7 @@ class Exit(Reducer):
     name: ClassVar[str] = "exit"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.05803"
     summary: ClassVar[str] = "all visual tokens leave at the input of a layer (VTW)"
-    scope: ClassVar[Scope] = "prompt"
+    shared_by: ClassVar[Scope] = "prompt"
 
     layer: int | Literal["auto"] = field(
         metadata=about("decoder layer at whose input every visual token leaves; auto = the checkpoint's profile")

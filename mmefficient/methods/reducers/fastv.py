@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 
 from mmefficient.errors import BudgetError, PlanError
-from mmefficient.points import Method, Reducer, VisualTokens, about
+from mmefficient.points import SHARED, Method, Reducer, Scope, VisualTokens, about
 from mmefficient.profiles import Checkpoint
 
 
@@ -25,13 +25,14 @@ class FastV(Reducer):
         default=2, metadata=about("decoder layer at whose input tokens leave; scores come from the layer before")
     )
     keep: float | int = field(
-        default=0.5, metadata=about("visual tokens that stay, per image: a fraction in (0, 1] or a count")
+        default=0.5, metadata=about("visual tokens that stay of each unit of scope: a fraction in (0, 1] or a count")
     )
 
     over: Literal["site", "layers"] = field(
         default="site",
         metadata=about("'site': keep holds from the layer on; 'layers': it is the mean over all layers", quiet=True),
     )
+    scope: Scope = field(default="image", metadata=SHARED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +50,7 @@ class FastV(Reducer):
     def stages(self, checkpoint: Checkpoint) -> tuple[Method, ...]:
         if self.over == "site":
             return (self,)
-        return (FastV(self.layer, share_after(self.keep, self.layer, checkpoint.layers)),)
+        return (replace(self, keep=share_after(self.keep, self.layer, checkpoint.layers), over="site"),)
 
     def score(self, tokens: VisualTokens) -> torch.Tensor:
         assert tokens.attention is not None

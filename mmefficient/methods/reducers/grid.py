@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from mmefficient.points import Positions, Reducer, Selection, VisualTokens, about, order_selection
+from mmefficient.points import SHARED, Positions, Reducer, Scope, Selection, VisualTokens, about, order_selection
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,12 @@ class Grid(Reducer):
     needs: ClassVar[frozenset[str]] = frozenset({"full_grid"})
 
     keep: float | int = field(
-        default=0.5, metadata=about("visual tokens that stay, per image: a fraction in (0, 1] or a count")
+        default=0.5, metadata=about("visual tokens that stay of each unit of scope: a fraction in (0, 1] or a count")
     )
     positions: Positions = field(
         default="keep", metadata=about("'keep' the position ids, or 'compact' them", quiet=True)
     )
+    scope: Scope = field(default="image", metadata=SHARED)
 
     def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
         chosen = [places(unit.grids, count) for unit, count in zip(tokens.units, counts, strict=True)]

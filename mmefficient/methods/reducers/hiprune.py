@@ -21,7 +21,7 @@ class HiPrune(Reducer):
     paper: ClassVar[str] = "https://arxiv.org/abs/2508.00553"
     summary: ClassVar[str] = "keep what a middle layer of the tower looks at, with neighbours, and what a late one does"
     needs: ClassVar[frozenset[str]] = frozenset({"tower", "full_grid"})
-    scope: ClassVar[Scope] = "tile"
+    shared_by: ClassVar[Scope] = "tile"
 
     keep: float | int = field(
         default=0.25, metadata=about("visual tokens that stay, per crop: a fraction in (0, 1] or a count")

@@ -25,7 +25,7 @@ class PruMerge(Reducer):
     summary: ClassVar[str] = "keep patches that stand out in the CLS token's attention, and merge the others into them"
     needs: ClassVar[frozenset[str]] = frozenset({"tower"})
     adaptive: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "tile"
+    shared_by: ClassVar[Scope] = "tile"
     space: ClassVar[Literal["lm", "tower"]] = "tower"
     tower_layers: ClassVar[tuple[TowerLayer, ...]] = (LAST,)
     class_token: ClassVar[str] = "attention from all patches of that layer"

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from mmefficient.errors import PlanError
-from mmefficient.points import Reducer, Unit, VisualTokens, about, at_depths, check_budget
+from mmefficient.points import SHARED, Reducer, Scope, Unit, VisualTokens, about, at_depths, check_budget
 from mmefficient.profiles import Checkpoint
 
 DEPTHS = (8 / 32, 16 / 32, 24 / 32)  # published for 32 layers
@@ -37,11 +37,12 @@ class PyramidDrop(Reducer):
     summary: ClassVar[str] = "drop visual tokens in three stages, by the attention of the last prompt token"
 
     shares: tuple[float, ...] = field(
-        default=(0.5, 0.25, 0.125), metadata=about("visual tokens left after each stage, as shares of the image's")
+        default=(0.5, 0.25, 0.125), metadata=about("visual tokens left after each stage, as shares of those at first")
     )
     layers: tuple[int, ...] = field(
         default=(), metadata=about("decoder layers at whose input they leave; () = quarters of the model", quiet=True)
     )
+    scope: Scope = field(default="image", metadata=SHARED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +50,7 @@ class PyramidDrop(Reducer):
 
     def stages(self, checkpoint: Checkpoint) -> tuple[Reducer, ...]:
         layers = at_depths(self.name, self.layers, DEPTHS, checkpoint.layers)
-        return tuple(_Stage(layer, share) for layer, share in zip(layers, self.shares, strict=True))
+        return tuple(_Stage(layer, share, self.scope) for layer, share in zip(layers, self.shares, strict=True))
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class _Stage(Reducer):
 
     layer: int
     share: float
+    scope: Scope = "image"
 
     def budget(self, unit: Unit) -> int:
         return part(self.share, unit)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from mmefficient.points import Positions, Reducer, VisualTokens, about
+from mmefficient.points import SHARED, Positions, Reducer, Scope, VisualTokens, about
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,13 @@ class Random(Reducer):
     summary: ClassVar[str] = "keep a random subset (baseline)"
 
     keep: float | int = field(
-        default=0.5, metadata=about("visual tokens that stay, per image: a fraction in (0, 1] or a count")
+        default=0.5, metadata=about("visual tokens that stay of each unit of scope: a fraction in (0, 1] or a count")
     )
     seed: int = field(default=0, metadata=about("seed of the draw", quiet=True))
     positions: Positions = field(
         default="keep", metadata=about("'keep' the position ids, or 'compact' them", quiet=True)
     )
+    scope: Scope = field(default="image", metadata=SHARED)
 
     def score(self, tokens: VisualTokens) -> torch.Tensor:
         scores = torch.zeros(tokens.valid.shape)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from mmefficient.errors import PlanError
 from mmefficient.kernels.greedy_select import greedy_select
 from mmefficient.likeness import cosines
-from mmefficient.points import Positions, Reducer, Selection, VisualTokens, about, order_selection
+from mmefficient.points import SHARED, Positions, Reducer, Selection, VisualTokens, about, order_selection
 from mmefficient.points import Scope as Sharing
 
 
@@ -21,16 +21,16 @@ class Scope(Reducer):
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.24214"
     summary: ClassVar[str] = "keep patches that cover the picture, weighted by what the CLS token looks at"
     needs: ClassVar[frozenset[str]] = frozenset({"tower"})
-    scope: ClassVar[Sharing] = "tile"
     class_token: ClassVar[str] = "attention from all patches of that layer"
 
     keep: float | int = field(
-        default=0.25, metadata=about("visual tokens that stay, per crop: a fraction in (0, 1] or a count")
+        default=0.25, metadata=about("visual tokens that stay of each unit of scope: a fraction in (0, 1] or a count")
     )
     alpha: float = field(default=1.0, metadata=about("power of the attention in the weight; 0 = coverage alone"))
     positions: Positions = field(
         default="compact", metadata=about("'compact' the position ids, or 'keep' them", quiet=True)
     )
+    scope: Sharing = field(default="tile", metadata=SHARED)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,7 @@ class ToMe(Reducer):
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.09461"
     summary: ClassVar[str] = "merge the patches that are most alike, inside the vision tower or at its output"
     needs: ClassVar[frozenset[str]] = frozenset({"tower"})
-    scope: ClassVar[Scope] = "tile"
+    shared_by: ClassVar[Scope] = "tile"
 
     keep: float | int = field(
         default=0.25, metadata=about("visual tokens that stay, per crop: a fraction in (0, 1] or a count")
@@ -56,7 +56,7 @@ class _Inside(Reducer):
     name: ClassVar[str] = "tome"
     needs: ClassVar[frozenset[str]] = frozenset({"mark"})
     adaptive: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "tile"
+    shared_by: ClassVar[Scope] = "tile"
 
     keep: float | int
     positions: Positions
@@ -74,7 +74,7 @@ class _Inside(Reducer):
 class _After(Reducer):
     name: ClassVar[str] = "tome"
     needs: ClassVar[frozenset[str]] = frozenset({"tower"})
-    scope: ClassVar[Scope] = "tile"
+    shared_by: ClassVar[Scope] = "tile"
     space: ClassVar[Literal["lm", "tower"]] = "tower"
 
     keep: float | int

@@ -21,7 +21,7 @@ class Trim(Reducer):
     summary: ClassVar[str] = "keep the patches that match the question, and one token for the mean of the others"
     needs: ClassVar[frozenset[str]] = frozenset({"tower", "match"})
     adaptive: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "tile"
+    shared_by: ClassVar[Scope] = "tile"
     space: ClassVar[Literal["lm", "tower"]] = "tower"
 
     keep: float | int | None = field(

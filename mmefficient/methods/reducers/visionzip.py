@@ -32,7 +32,7 @@ class VisionZip(Reducer):
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.04467"
     summary: ClassVar[str] = "keep the patches the CLS token looks at, merge the rest into a few contextual tokens"
     needs: ClassVar[frozenset[str]] = frozenset({"tower"})
-    scope: ClassVar[Scope] = "tile"
+    shared_by: ClassVar[Scope] = "tile"
     class_token: ClassVar[str] = "attention from all patches of that layer"
     space: ClassVar[Literal["lm", "tower"]] = "tower"
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mmefficient.errors import PlanError
 from mmefficient.kernels.drop_alike import drop_alike
 from mmefficient.likeness import cosines
-from mmefficient.points import Positions, Reducer, Scope, Selection, VisualTokens, about, order_selection
+from mmefficient.points import SHARED, Positions, Reducer, Scope, Selection, VisualTokens, about, order_selection
 
 STEP = 8  # patches removed per round, as released
 
@@ -25,16 +25,16 @@ class VisPruner(Reducer):
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.01818"
     summary: ClassVar[str] = "keep the patches the CLS token looks at, and the most diverse of the rest"
     needs: ClassVar[frozenset[str]] = frozenset({"tower"})
-    scope: ClassVar[Scope] = "tile"
     class_token: ClassVar[str] = "attention from all patches of that layer"
 
     keep: float | int = field(
-        default=0.25, metadata=about("visual tokens that stay, per crop: a fraction in (0, 1] or a count")
+        default=0.25, metadata=about("visual tokens that stay of each unit of scope: a fraction in (0, 1] or a count")
     )
     important: float = field(default=0.5, metadata=about("share of them chosen by attention, in [0, 1]"))
     positions: Positions = field(
         default="compact", metadata=about("'compact' the position ids, or 'keep' them", quiet=True)
     )
+    scope: Scope = field(default="tile", metadata=SHARED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
