@@ -16,17 +16,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmefficient.chat import Chat
     from mmefficient.methods import methods
     from mmefficient.plan import Plan
     from mmefficient.report import Report
-    from mmefficient.vlm import VLM, Answer, Chat
+    from mmefficient.vlm import VLM, Answer
 
 __version__ = "0.1.0"
 __all__ = ["VLM", "Answer", "Chat", "Plan", "Report", "__version__", "methods"]
 
 _HOME = {
     "Answer": "mmefficient.vlm",
-    "Chat": "mmefficient.vlm",
+    "Chat": "mmefficient.chat",
     "Plan": "mmefficient.plan",
     "Report": "mmefficient.report",
     "VLM": "mmefficient.vlm",

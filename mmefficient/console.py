@@ -11,11 +11,16 @@ from rich.table import Table
 
 from mmefficient.bench.timers import shares
 from mmefficient.methods import methods
+from mmefficient.points import Reducer
 
 if TYPE_CHECKING:
     from mmefficient.report import Report
     from mmefficient.vlm import Answer
 
+TURNS = {
+    True: "many turns on one cache: safe, what stays is the same for every question",
+    False: "many turns on one cache: not safe, the first question decides what stays (a chat chooses anew)",
+}
 STAGE_LABELS = {"preprocess": "preprocess", "vision": "vision tower", "prefill": "prefill", "decode": "decode"}
 
 
@@ -63,7 +68,10 @@ def _stage_table(columns: list[tuple[str, dict[str, float]]]) -> Table:
 
 
 def describe_methods() -> list[dict[str, Any]]:
-    """Name, extension point, summary, paper and fields (name, type, default, help) of every method."""
+    """Name, extension point, summary, paper and fields (name, type, default, help) of every method.
+
+    Of reducers also "many_turns": whether what stays is the same for every question.
+    """
     return [
         {
             "name": method.name,
@@ -71,6 +79,7 @@ def describe_methods() -> list[dict[str, Any]]:
             "summary": method.summary,
             "paper": method.paper,
             "fields": [_describe_field(field) for field in dataclasses.fields(method)],
+            **({"many_turns": method.many_turns} if issubclass(method, Reducer) else {}),
         }
         for method in methods()
     ]
@@ -88,6 +97,8 @@ def print_methods(found: list[dict[str, Any]]) -> None:
         for field in method["fields"]:
             default = f" = {field['default']!r}" if "default" in field else ""
             console.print(escape(f"  {field['name']}: {field['type']}{default}  {field['help']}"))
+        if "many_turns" in method:
+            console.print(f"  {TURNS[method['many_turns']]}")
         console.print(f"  {method['paper']}\n")
 
 

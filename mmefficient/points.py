@@ -143,6 +143,8 @@ class Reducer(Method):
     """What shares a budget, for methods without a field `scope`."""
     space: ClassVar[Literal["lm", "tower"]] = "lm"
     """Whose features `Selection.mix` mixes; tower features go through the projector afterwards."""
+    many_turns: ClassVar[bool] = True
+    """Whether what stays is the same for every question, so that later turns on one cache miss nothing."""
     class_token: ClassVar[str] = ""
     """What stands in for the tower's CLS token where there is none; empty: the method does without one everywhere."""
 

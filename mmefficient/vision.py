@@ -23,6 +23,7 @@ from mmefficient.errors import ModelError
 from mmefficient.kernels.key_scores import key_scores
 from mmefficient.matchers import EMBEDDINGS, Seen, load
 from mmefficient.points import LayerTokens, Method, TowerLayer, TowerTokens
+from mmefficient.retention import retained
 from mmefficient.tokens import Layout
 from mmefficient.tower import taken
 
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 
 
 FEATURES = TowerLayer()
-PICTURES = ("pixel_values", "image_sizes", "image_grid_thw")
 """The layer whose output the projector reads."""
+
+PICTURES = ("pixel_values", "image_sizes", "image_grid_thw")
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,11 @@ class Watcher:
         """Run the encoder and note what it was given and gave."""
         watch = kind == "image" and self.watching
         if self.engine is None:
-            out, tower = self.encode(watch, stock, args, kwargs)
+            encode = partial(self.encode, watch, stock, args, kwargs)
         else:
-            out, tower = self.engine.encode(self, kind, watch, stock, args, kwargs)
+            encode = partial(self.engine.encode, self, kind, watch, stock, args, kwargs)
+        held = retained()
+        out, tower = encode() if held is None else held.recall(kind, encode, self.adapter.decoder.device)
         features = getattr(out, "pooler_output", None)
         if features is None:  # asked for a tuple: not a call of generate or forward
             return out

@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from mmefficient.bench.timers import StageTimer
+from mmefficient.chat import Chat
 from mmefficient.errors import InputError
 from mmefficient.graph import EngineName
-from mmefficient.images import ImageSource, load_image, to_device
 from mmefficient.loading import load, pixel_options
 from mmefficient.matchers.words import Words
+from mmefficient.messages import Images, Message, as_list, images_of, on_device, user_message, with_images_read
 from mmefficient.plan import Plan
 from mmefficient.report import Report
-
-Images = ImageSource | Sequence[ImageSource] | None
-Message = dict[str, Any]
+from mmefficient.retention import Retained
 
 MAX_NEW_TOKENS = 128
 
@@ -95,7 +95,7 @@ class VLM:
 
         Each answer's report holds the one row that belongs to it, but FLOPs and times of the whole batch.
         """
-        conversations = [[user_message(_as_list(image), question)] for image, question in rows]
+        conversations = [[user_message(as_list(image), question)] for image, question in rows]
         return self._answer(conversations, plan, generate_kwargs) if conversations else []
 
     def converse(
@@ -104,9 +104,20 @@ class VLM:
         """Like `ask_batch`, for the last turn of conversations in transformers' chat format."""
         return self._answer([list(one) for one in conversations], plan, generate_kwargs) if conversations else []
 
-    def chat(self, image: Images = None, *, plan: Plan | str | None = None, **generate_kwargs: Any) -> Chat:
-        """Start a conversation about `image`; the arguments are the defaults of every turn."""
-        return Chat(self, image, plan=plan, **generate_kwargs)
+    def chat(
+        self,
+        image: Images = None,
+        *,
+        plan: Plan | str | None = None,
+        retain: Literal["cpu"] | None = None,
+        **generate_kwargs: Any,
+    ) -> Chat:
+        """Start a conversation about `image`; plan and further arguments are the defaults of every turn.
+
+        Args:
+            retain: "cpu" keeps all visual tokens on the host from turn to turn, instead of encoding pictures again.
+        """
+        return Chat(self, image, plan=plan, retain=retain, **generate_kwargs)
 
     def stream(
         self, image: Images, question: str, *, plan: Plan | str | None = None, **generate_kwargs: Any
@@ -118,7 +129,7 @@ class VLM:
         early stops the generation.
         """
         chosen = self._plan(plan)
-        inputs = self._encode([[user_message(_as_list(image), question)]], chosen)
+        inputs = self._encode([[user_message(as_list(image), question)]], chosen)
         return self._stream(inputs, chosen, generate_kwargs)
 
     def _stream(self, inputs: Any, plan: Plan, generate_kwargs: dict[str, Any]) -> Iterator[str]:
@@ -148,12 +159,19 @@ class VLM:
             raise failures[0]
 
     def _answer(
-        self, conversations: list[list[Message]], plan: Plan | str | None, generate_kwargs: dict[str, Any]
+        self,
+        conversations: list[list[Message]],
+        plan: Plan | str | None,
+        generate_kwargs: dict[str, Any],
+        retained: Retained | None = None,
     ) -> list[Answer]:
         chosen = self._plan(plan)
-        with self._lock, StageTimer(self.model) as timer:
+        pictures = [image for conversation in conversations for image in images_of(conversation)]
+        with self._lock, StageTimer(self.model) as timer, ExitStack() as turn:
             with timer.preprocess():
                 inputs = self._encode(conversations, chosen)
+            if retained is not None:
+                turn.enter_context(retained.turn(str(chosen), pictures))
             with chosen.apply(self.model, tokenizer=Words(self.processor), engine=self.engine) as run:
                 sequences = self._generate(inputs, generate_kwargs)
         generated = sequences[:, inputs["input_ids"].shape[1] :]
@@ -171,8 +189,8 @@ class VLM:
 
     def _encode(self, conversations: list[list[Message]], plan: Plan) -> Any:
         """Read the images of the batch and return its model inputs on the model's device, padded on the left."""
-        conversations = [[_with_images_read(message) for message in conversation] for conversation in conversations]
-        counts = [len(_images_of(conversation)) for conversation in conversations]
+        conversations = [[with_images_read(message) for message in conversation] for conversation in conversations]
+        counts = [len(images_of(conversation)) for conversation in conversations]
         if plan and not any(counts):
             raise InputError(f"The plan {str(plan)!r} acts on visual tokens, but the prompt has no image; give one.")
         prompts = self.processor.apply_chat_template(conversations, add_generation_prompt=True)
@@ -185,7 +203,7 @@ class VLM:
                 )
         pixels = pixel_options(self.processor, self.model.device)
         if pixels:
-            conversations = [[_on_device(message, pixels["device"]) for message in each] for each in conversations]
+            conversations = [[on_device(message, pixels["device"]) for message in each] for each in conversations]
         try:
             inputs = self.processor.apply_chat_template(
                 conversations,
@@ -215,46 +233,12 @@ class VLM:
         return getattr(output, "sequences", output)
 
 
-class Chat:
-    """A conversation about one or several images.
-
-    Every turn encodes the whole conversation again, so a plan that drops visual tokens chooses anew for each question
-    and nothing an earlier turn dropped is missing later. A turn that fails is not remembered.
-    """
-
-    def __init__(
-        self, vlm: VLM, image: Images = None, *, plan: Plan | str | None = None, **generate_kwargs: Any
-    ) -> None:
-        self.vlm = vlm
-        self.plan = plan
-        self.generate_kwargs = generate_kwargs
-        self.messages: list[Message] = []
-        self._images = [load_image(one) for one in _as_list(image)]
-
-    def ask(
-        self, question: str, image: Images = None, *, plan: Plan | str | None = None, **generate_kwargs: Any
-    ) -> Answer:
-        """Ask the next question, adding `image` to the conversation if given."""
-        turn = user_message([*self._images, *(load_image(one) for one in _as_list(image))], question)
-        options = {**self.generate_kwargs, **generate_kwargs}
-        answer = self.vlm._answer([[*self.messages, turn]], self.plan if plan is None else plan, options)[0]
-        self.messages += [turn, {"role": "assistant", "content": [{"type": "text", "text": answer.text}]}]
-        self._images = []
-        return answer
-
-
 class _StopWhen(StoppingCriteria):
     def __init__(self, event: threading.Event) -> None:
         self.event = event
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
-def user_message(images: Sequence[Any], question: str) -> Message:
-    """One user turn in transformers' chat format: the images, then the question."""
-    parts: list[Message] = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
 
 
 def _row_of(report: Report, row: int, generated_tokens: int) -> Report:
@@ -270,26 +254,3 @@ def _row_of(report: Report, row: int, generated_tokens: int) -> Report:
 
 def _as_plan(plan: Plan | str | None) -> Plan:
     return plan if isinstance(plan, Plan) else Plan(plan or "")
-
-
-def _as_list(image: Images) -> list[Any]:
-    if image is None:
-        return []
-    return list(image) if isinstance(image, list | tuple) else [image]
-
-
-def _with_images_read(message: Message) -> Message:
-    return _with_images(message, load_image)
-
-
-def _on_device(message: Message, device: torch.device) -> Message:
-    return _with_images(message, lambda image: to_device(image, device))
-
-
-def _with_images(message: Message, change: Callable[[Any], Any]) -> Message:
-    parts = [{**p, "image": change(p["image"])} if p["type"] == "image" else p for p in message["content"]]
-    return {**message, "content": parts}
-
-
-def _images_of(conversation: list[Message]) -> list[Any]:
-    return [part["image"] for message in conversation for part in message["content"] if part["type"] == "image"]

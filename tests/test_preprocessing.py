@@ -12,8 +12,9 @@ from mmefficient import vlm as module
 from mmefficient.bench.preprocess import measure, photo
 from mmefficient.images import to_device
 from mmefficient.loading import pixel_options
+from mmefficient.messages import user_message
 from mmefficient.plan import Plan
-from mmefficient.vlm import VLM, user_message
+from mmefficient.vlm import VLM
 from tests.tiny import FAMILIES, build
 from tests.tiny_checkpoint import processor
 

@@ -13,8 +13,9 @@ from mmefficient.bench.floors import wall_ms
 from mmefficient.bench.measure import WARM_UP, spread
 from mmefficient.images import load_image, to_device
 from mmefficient.loading import pixel_options
+from mmefficient.messages import user_message
 from mmefficient.plan import Plan
-from mmefficient.vlm import VLM, user_message
+from mmefficient.vlm import VLM
 
 SIZES = ((336, 336), (1280, 960), (4000, 3000))
 QUESTION = "What is in the picture?"

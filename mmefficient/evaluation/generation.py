@@ -15,9 +15,9 @@ from mmefficient.evaluation.answers import Answer
 from mmefficient.evaluation.sharing import SharedPictures
 from mmefficient.evaluation.task import Record, Task
 from mmefficient.matchers.words import Words
+from mmefficient.messages import user_message
 from mmefficient.plan import Plan
 from mmefficient.run import Run
-from mmefficient.vlm import user_message
 
 
 def batches(records: Sequence[Record], size: int, task: Task) -> list[list[Record]]:

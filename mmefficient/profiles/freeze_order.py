@@ -61,8 +61,9 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Measure a checkpoint on the scenes and write its profile; for other pictures call `divergences`."""
+    from mmefficient.messages import user_message
     from mmefficient.models.reference.scenes import splits
-    from mmefficient.vlm import VLM, user_message
+    from mmefficient.vlm import VLM
 
     vlm = VLM.from_pretrained(model, device=device)
     asked = splits.load("val", limit=questions)

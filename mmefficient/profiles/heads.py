@@ -139,7 +139,7 @@ def attribute(vlm: Any, pictures: int, top: int) -> tuple[list[tuple[int, int]],
 
 
 def _inputs(vlm: Any, picture: Any, question: str) -> dict[str, Any]:
-    from mmefficient.vlm import user_message
+    from mmefficient.messages import user_message
 
     made = vlm.processor.apply_chat_template(
         [[user_message([picture[0]], question)]],

@@ -36,7 +36,7 @@ def test_prompts_are_what_the_chat_template_writes() -> None:
     """Ids of a prompt without its answer, for the embedded model."""
     from transformers import AutoProcessor
 
-    from mmefficient.vlm import user_message
+    from mmefficient.messages import user_message
 
     processor = AutoProcessor.from_pretrained(reference.path())
     prompts = Prompts(processor, 3, "here")

@@ -31,6 +31,7 @@ class CDPruner(Reducer):
     name: ClassVar[str] = "cdpruner"
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.10967"
     summary: ClassVar[str] = "keep patches that are different from each other and relevant to the question (DPP)"
+    many_turns: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"match"})
 
     keep: float | int = field(

@@ -20,6 +20,7 @@ class Dart(Reducer):
     name: ClassVar[str] = "dart"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.11494"
     summary: ClassVar[str] = "keep visual tokens that duplicate a few pivot tokens the least"
+    many_turns: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"question", "key_norm", "final_norm"})
 
     layer: int = field(

@@ -21,6 +21,7 @@ class DyVTE(Reducer):
     name: ClassVar[str] = "dyvte"
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.19628"
     summary: ClassVar[str] = "all visual tokens leave when a trained gate says that the question has read them"
+    many_turns: ClassVar[bool] = False
     shared_by: ClassVar[Scope] = "prompt"
 
     gates: str = field(

@@ -35,6 +35,7 @@ class PyramidDrop(Reducer):
     name: ClassVar[str] = "pyramiddrop"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.17247"
     summary: ClassVar[str] = "drop visual tokens in three stages, by the attention of the last prompt token"
+    many_turns: ClassVar[bool] = False
 
     shares: tuple[float, ...] = field(
         default=(0.5, 0.25, 0.125), metadata=about("visual tokens left after each stage, as shares of those at first")

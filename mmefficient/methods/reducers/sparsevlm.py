@@ -25,6 +25,7 @@ class SparseVLM(Reducer):
     summary: ClassVar[str] = (
         "drop visual tokens in three stages, by the attention of question words that match the image"
     )
+    many_turns: ClassVar[bool] = False
 
     shares: tuple[float, ...] = field(
         default=(0.521, 0.347, 0.191),  # 300, 200 and 110 of 576

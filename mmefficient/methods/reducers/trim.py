@@ -19,6 +19,7 @@ class Trim(Reducer):
     name: ClassVar[str] = "trim"
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.10994"
     summary: ClassVar[str] = "keep the patches that match the question, and one token for the mean of the others"
+    many_turns: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"tower", "match"})
     adaptive: ClassVar[bool] = True
     shared_by: ClassVar[Scope] = "tile"

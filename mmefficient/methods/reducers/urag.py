@@ -20,6 +20,7 @@ class URaG(Reducer):
     name: ClassVar[str] = "urag"
     paper: ClassVar[str] = "https://arxiv.org/abs/2511.10552"
     summary: ClassVar[str] = "keep the whole images (pages) that matter to the question"
+    many_turns: ClassVar[bool] = False
 
     keep: float | int = field(
         default=5, metadata=about("images that stay, per prompt: a fraction in (0, 1] or a count")
