@@ -28,7 +28,7 @@ from .record import LOG_EVERY, note, scored, stream
 from .scenes.render import load_atlas
 from .scenes.splits import KINDS
 
-RANK = 12
+RANK = 20
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
