@@ -97,7 +97,10 @@ class Objective(nn.Module):
         self.to(device)
         self.mask = _layout_mask(self.layout.visible(), device)
         self.plans, self.single = plans or {}, batches.single
-        self.planned_masks = {index: self._planned_mask(plan) for index, plan in self.plans.items()}
+        # layers that do the same share one mask, which compiles once
+        kinds = {(plan.work, plan.pairs): plan for plan in self.plans.values()}
+        made = {kind: self._planned_mask(plan) for kind, plan in kinds.items()}
+        self.planned_masks = {index: made[plan.work, plan.pairs] for index, plan in self.plans.items()}
 
     def truth(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Per patch: dense label and class [B, P] and offset to the object's centre in units of 4 patches [B, P, 2]."""
