@@ -97,6 +97,7 @@ class Modulation(Method):
     groups: ClassVar[int] = 1
     """Key groups, 1 to 4; group 0 holds everything that comes later, unless `later` says otherwise."""
     later: ClassVar[int] = 0
+    many_turns: ClassVar[bool] = False  # it is asked about whole prompts
     per_layer: ClassVar[bool] = False
     """Whether `group` differs from layer to layer, even where the layers hold the same tokens."""
 

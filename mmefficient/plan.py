@@ -62,6 +62,14 @@ class Plan:
     def __bool__(self) -> bool:
         return bool(self.methods)
 
+    @property
+    def reusable(self) -> bool:
+        """Whether a picture that was read under the plan can serve any question (`VLM.encode`).
+
+        False where methods score visual tokens by the question, show it to visual rows, or change attention.
+        """
+        return all(each.many_turns for each in self.methods)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return {

@@ -94,6 +94,9 @@ class Method:
     point: ClassVar[str]
     summary: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    many_turns: ClassVar[bool] = True
+    """Whether visual rows, and which of them stay, are the same for every question, so that later turns on one cache
+    miss nothing, and other questions can use it."""
     tower_layers: ClassVar[tuple[TowerLayer, ...]] = ()
     """Layers of the tower that the method reads besides the one whose output is used; may be a property."""
 
@@ -143,8 +146,6 @@ class Reducer(Method):
     """What shares a budget, for methods without a field `scope`."""
     space: ClassVar[Literal["lm", "tower"]] = "lm"
     """Whose features `Selection.mix` mixes; tower features go through the projector afterwards."""
-    many_turns: ClassVar[bool] = True
-    """Whether what stays is the same for every question, so that later turns on one cache miss nothing."""
     class_token: ClassVar[str] = ""
     """What stands in for the tower's CLS token where there is none; empty: the method does without one everywhere."""
 

@@ -35,6 +35,7 @@ class Report:
         prefill_flops_without_plan: likewise, with no plan.
         stored_tokens: prompt tokens whose keys and values are held after the prefill, summed over layers and rows
             (see `flops.kv_bytes`); simulating saves nothing.
+        reused_tokens: of these, how many a picture that was read before had (`VLM.encode`); the FLOPs leave them out.
         stages_ms: milliseconds per stage, filled in by whoever timed them.
         generated_tokens: filled in by whoever decoded them.
         engine: what ran the call and what it holds, see `Run.engine`.
@@ -50,6 +51,7 @@ class Report:
     prefill_flops: int
     prefill_flops_without_plan: int
     stored_tokens: int = 0
+    reused_tokens: int = 0
     stages_ms: dict[str, float] = field(default_factory=dict)
     generated_tokens: int | None = None
     engine: Mapping[str, Any] = field(default_factory=dict, compare=False)

@@ -27,6 +27,7 @@ class View(Method):
     """Which variant of the input also runs, and how logits are combined. Identity: no second stream."""
 
     point: ClassVar[str] = "view"
+    many_turns: ClassVar[bool] = False  # the second stream needs whole prompts
 
     @property
     def watches(self) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from mmefficient.bench.timers import StageTimer
 from mmefficient.chat import Chat
-from mmefficient.errors import InputError
+from mmefficient.errors import InputError, PlanError
 from mmefficient.graph import EngineName
 from mmefficient.loading import load, pixel_options
 from mmefficient.matchers.words import Words
@@ -22,6 +22,7 @@ from mmefficient.messages import Images, Message, as_list, images_of, on_device,
 from mmefficient.plan import Plan
 from mmefficient.report import Report
 from mmefficient.retention import Retained
+from mmefficient.reuse import Encoded, encode
 
 MAX_NEW_TOKENS = 128
 
@@ -78,7 +79,25 @@ class VLM:
         model, processor = load(name, device=device, dtype=dtype, attn_implementation=attn_implementation)
         return cls(model, processor, parsed, engine)
 
-    def ask(self, image: Images, question: str, *, plan: Plan | str | None = None, **generate_kwargs: Any) -> Answer:
+    def encode(self, image: Images, *, plan: Plan | str | None = None) -> Encoded:
+        """Read an image (or several, a list) once; `ask` and `ask_batch` take the result in its place, again and again.
+
+        Its answers are those of asking with the image, under the same plan. It holds the keys and values of the image.
+
+        Raises:
+            PlanError: under this plan visual rows depend on the question (`Plan.reusable`).
+        """
+        chosen, conversations = self._plan(plan), [[user_message(as_list(image), "")]]
+        with self._lock, StageTimer(self.model) as timer:
+            with timer.preprocess():
+                inputs = self._encode(conversations, chosen)
+                (prompt,) = self.processor.apply_chat_template(conversations, add_generation_prompt=True)
+            found = encode(self.model, self.processor, inputs, prompt, chosen, Words(self.processor))
+        return dataclasses.replace(found, report=dataclasses.replace(found.report, stages_ms=timer.stages_ms))
+
+    def ask(
+        self, image: Images | Encoded, question: str, *, plan: Plan | str | None = None, **generate_kwargs: Any
+    ) -> Answer:
         """Answer one question about an image, several images (a list), or none (None, for an empty plan only).
 
         `report.stages_ms` holds the time of preprocess, vision, prefill and decode (see `StageTimer`).
@@ -89,14 +108,25 @@ class VLM:
         return self.ask_batch([(image, question)], plan=plan, **generate_kwargs)[0]
 
     def ask_batch(
-        self, rows: Sequence[tuple[Images, str]], *, plan: Plan | str | None = None, **generate_kwargs: Any
+        self, rows: Sequence[tuple[Images | Encoded, str]], *, plan: Plan | str | None = None, **generate_kwargs: Any
     ) -> list[Answer]:
         """Answer several questions in one batch; images may differ in number and size, and some rows may have none.
 
-        Each answer's report holds the one row that belongs to it, but FLOPs and times of the whole batch.
+        Each answer's report holds the one row that belongs to it, but FLOPs and times of the whole batch. Questions
+        about one encoded image make a batch; other images are no part of it.
         """
-        conversations = [[user_message(as_list(image), question)] for image, question in rows]
-        return self._answer(conversations, plan, generate_kwargs) if conversations else []
+        turns: dict[int, list[Message]] = {}
+        kept: dict[Encoded, list[int]] = {}
+        for number, (image, question) in enumerate(rows):
+            if isinstance(image, Encoded):
+                kept.setdefault(image, []).append(number)
+            else:
+                turns[number] = [user_message(as_list(image), question)]
+        found = dict(zip(turns, self.converse(list(turns.values()), plan=plan, **generate_kwargs), strict=True))
+        for encoded, numbers in kept.items():
+            answers = self._about(encoded, [rows[n][1] for n in numbers], plan, generate_kwargs)
+            found |= dict(zip(numbers, answers, strict=True))
+        return [found[number] for number in range(len(rows))]
 
     def converse(
         self, conversations: Sequence[Sequence[Message]], *, plan: Plan | str | None = None, **generate_kwargs: Any
@@ -167,17 +197,50 @@ class VLM:
     ) -> list[Answer]:
         chosen = self._plan(plan)
         pictures = [image for conversation in conversations for image in images_of(conversation)]
-        with self._lock, StageTimer(self.model) as timer, ExitStack() as turn:
+        around = nullcontext() if retained is None else retained.turn(str(chosen), pictures)
+        return self._run(chosen, lambda: self._encode(conversations, chosen), generate_kwargs, around)
+
+    def _about(
+        self, encoded: Encoded, questions: list[str], plan: Plan | str | None, generate_kwargs: dict[str, Any]
+    ) -> list[Answer]:
+        """Answers about a picture that was read before; in one batch if its keys can be shared."""
+        if encoded.model is not self.model or (plan is not None and _as_plan(plan) != encoded.plan):
+            raise PlanError(f"the picture was read by one model under {encoded.plan}; ask the same, or encode anew.")
+        if generate_kwargs.get("num_beams", 1) != 1:
+            raise InputError("questions about an encoded picture are answered without beams; ask with the picture.")
+        if encoded.alone and len(questions) > 1:
+            return [self._about(encoded, [each], plan, generate_kwargs)[0] for each in questions]
+        turns = [[user_message([None] * encoded.images, each)] for each in questions]
+
+        def prepare() -> dict[str, Any]:
+            prompts = self.processor.apply_chat_template(turns, add_generation_prompt=True)
+            return encoded.asked(self.processor, prompts)
+
+        return self._run(encoded.plan, prepare, generate_kwargs, nullcontext(), encoded)
+
+    def _run(
+        self,
+        plan: Plan,
+        prepare: Callable[[], Any],
+        generate_kwargs: dict[str, Any],
+        around: AbstractContextManager[Any],
+        encoded: Encoded | None = None,
+    ) -> list[Answer]:
+        """Make inputs, generate under the plan inside `around`, and report."""
+        with self._lock, StageTimer(self.model) as timer:
             with timer.preprocess():
-                inputs = self._encode(conversations, chosen)
-            if retained is not None:
-                turn.enter_context(retained.turn(str(chosen), pictures))
-            with chosen.apply(self.model, tokenizer=Words(self.processor), engine=self.engine) as run:
+                inputs = prepare()
+            with around, plan.apply(self.model, tokenizer=Words(self.processor), engine=self.engine) as run:
                 sequences = self._generate(inputs, generate_kwargs)
-        generated = sequences[:, inputs["input_ids"].shape[1] :]
+        length = inputs["input_ids"].shape[1]
+        generated = sequences[:, length:]
         texts = self.processor.batch_decode(generated, skip_special_tokens=True)
         lengths = self._lengths(generated)
-        report = dataclasses.replace(run.report(), stages_ms=timer.stages_ms)
+        report = run.report()
+        if encoded is not None:
+            asked = (inputs["attention_mask"].sum(1) - encoded.ids.shape[1]).tolist()
+            report = encoded.reported(report, asked, run.config)
+        report = dataclasses.replace(report, stages_ms=timer.stages_ms)
         beams = len(report.rows) // len(texts)
         return [
             Answer(text.strip(), _row_of(report, row * beams, length))

@@ -17,9 +17,8 @@ from transformers import AutoModelForImageTextToText, LlavaProcessor
 from mmefficient.errors import PlanError
 from mmefficient.models import adapter_for
 from mmefficient.plan import Plan
-from mmefficient.points import LayerMethod, Pattern
+from mmefficient.points import LayerMethod
 from mmefficient.rows import LayerPlan
-from mmefficient.tokens import Role
 
 from . import adapt, path
 from .data import Batches
@@ -44,12 +43,6 @@ def layer_plans(plan: Plan, model: Any) -> dict[int, LayerPlan]:
     adapter = adapter_for(model)
     found = {index: LayerPlan.of(methods, index, adapter) for index in range(len(adapter.layers))}
     return {index: each for index, each in found.items() if each is not None}
-
-
-def sees_question(plan: Plan) -> bool:
-    """Whether visual rows see later text, so that one pass over them can serve one question only."""
-    pairs = [method.pairs() for method in plan.methods if isinstance(method, Pattern)]
-    return any(each.anywhere[Role.IMAGE] >> Role.QUESTION & 1 for each in pairs)
 
 
 def run(
@@ -78,7 +71,7 @@ def run(
     model: Any = AutoModelForImageTextToText.from_pretrained(path(), dtype=torch.float32).to(target)
     projectors = any(getattr(method, "sources", False) for method in plan.methods)
     trained = adapt.attach(model, 4 if projectors else RANK, ATTENTION if projectors else adapt.ALL, projectors)
-    single = single or sees_question(plan)
+    single = single or not plan.reusable
     data = Batches(processor, batch_size, seed + 2_000_003, single=single)
     dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
     objective = Objective(model, processor, data, load_atlas(str(target)), dtype, layer_plans(plan, model))

@@ -16,6 +16,7 @@ class ModalityMutual(Pattern):
 
     name: ClassVar[str] = "modality_mutual"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.02597"
+    many_turns: ClassVar[bool] = False
     summary: ClassVar[str] = "visual tokens also see the question after them (AKI; for accuracy, not speed)"
 
     layers: Layers = field(default="all", metadata=about("decoder layers: 'all' or such as (8, 9)", quiet=True))
