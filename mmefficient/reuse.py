@@ -83,10 +83,10 @@ class Encoded:
         return {
             "input_ids": torch.cat([before, ids], 1),
             "attention_mask": torch.cat([torch.ones_like(before), seen.long()], 1),
-            "past_key_values": self._rows(len(tails)),
+            "past_key_values": self.rows(len(tails)),
         }
 
-    def _rows(self, count: int) -> Cache:
+    def rows(self, count: int) -> Cache:
         """The cache for `count` questions; what is stored is shared, and copied when a layer first grows."""
         cache, layers = copy.copy(self.cache), []
         for layer in self.cache.layers:

@@ -141,6 +141,32 @@ def rows(
 
 
 @app.command()
+def reuse(
+    plan: Plans = None,
+    images: Annotated[
+        list[int] | None, typer.Option(help="Pictures of 576 tokens per prompt; repeat for more. 1, 5, 14.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions in a batch, about the same pictures.")] = 1,
+    repeats: Repeats = 5,
+    out: Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")] = None,
+) -> None:
+    """What a question costs when its picture was read before, on a 7B geometry; needs a CUDA GPU."""
+    import json
+
+    import torch
+
+    from mmefficient.bench import reuse as bench
+
+    if not torch.cuda.is_available():
+        raise InputError("the table of kept pictures needs a CUDA GPU; none is visible.")
+    result = bench.run(plan or ["none", "composite", "saisa"], images or [1, 5, 14], repeats=repeats, batch=batch)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    typer.echo(bench.table(result))
+
+
+@app.command()
 def load(
     model: Model = "reference",
     plan: Plans = None,
