@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmefficient.bench.timers import StageTimer
 from mmefficient.evaluation.answers import Answer
-from mmefficient.evaluation.sharing import SharedPictures
+from mmefficient.evaluation.sharing import Batches, SharedPictures
 from mmefficient.evaluation.task import Record, Task
 from mmefficient.matchers.words import Words
 from mmefficient.plan import Plan
@@ -38,6 +38,7 @@ class Asker:
 
     def __init__(self, model: Any, processor: Any, task: Task) -> None:
         self.model, self.processor, self.task = model, processor, task
+        self._batches = Batches()
         stop = model.generation_config.eos_token_id
         self._stop = torch.tensor([stop] if isinstance(stop, int) else list(stop or []), dtype=torch.long)
 
@@ -50,12 +51,16 @@ class Asker:
 
     def ask(self, records: Sequence[Record], run: Any, most: int | None = None) -> list[Answer]:
         """Answers to the records of one batch, from the model as `under` left it; `most` tokens if given."""
-        self._shared.pictures = [record.picture for record in records]
+        ids = [record.id for record in records]
+        batch = self._batches.get(ids, [record.picture for record in records])
+        self._shared.coming(batch)
         with StageTimer(self.model) as timer:
-            with timer.preprocess():
-                inputs = self._inputs(records)
+            if batch.inputs is None:
+                with timer.preprocess():
+                    batch.inputs = self._inputs(records)
+                batch.ms["preprocess"] = timer.stages_ms["preprocess"]
             output = self.model.generate(
-                **inputs,
+                **batch.inputs,
                 max_new_tokens=most or self.task.kinds[records[0].kind].max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -64,8 +69,10 @@ class Asker:
                 top_k=None,
                 pad_token_id=self.processor.tokenizer.pad_token_id,
             )
-            new = output[:, inputs["input_ids"].shape[1] :].cpu()
-        return self._answers(records, new, timer.stages_ms, run.report())
+            new = output[:, batch.inputs["input_ids"].shape[1] :].cpu()
+        self._batches.keep(ids, batch)
+        stages = {name: ms + self._shared.saved.get(name, 0.0) for name, ms in timer.stages_ms.items()}
+        return self._answers(records, new, stages, run.report())
 
     def _inputs(self, records: Sequence[Record]) -> Any:
         pictures = self.task.pictures(records, self.model.device)

@@ -102,13 +102,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cost(plan: Mapping[str, Any]) -> list[str]:
-    """Visual tokens, FLOPs, seconds, questions per second and flips of a plan."""
-    flips, ratio, seconds = plan["flips"], plan["prefill_flops_ratio"], plan["seconds"]
+    """Visual tokens, FLOPs, seconds in all stages, questions per second of wall time and flips of a plan."""
+    flips, ratio, pace = plan["flips"], plan["prefill_flops_ratio"], plan["questions_per_s"]
     return [
         f"{plan['visual_tokens']:.1f} of {plan['visual_tokens_without_plan']:.1f}",
         "–" if ratio is None else f"{100 * ratio:.1f} %",
-        f"{seconds:.1f}",
-        f"{plan['questions'] / seconds:.1f}" if seconds else "–",
+        f"{plan['seconds']:.1f}",
+        "–" if pace is None else f"{pace:.1f}",
         f"{flips['flipped']} of {flips['checked']}" if flips["checked"] else "not checked",
     ]
 

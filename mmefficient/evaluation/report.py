@@ -20,6 +20,7 @@ class PlanRun:
     """What one plan answered; `flips` are the ids, of `checked` questions, that it answered otherwise when alone.
 
     `share` is its budget (see `baselines.budget`); `rivals` are, by name of the baseline, the plans it has to beat.
+    `pace` is the questions per second of wall time, of all processes together; None where this run asked nothing.
     """
 
     plan: str
@@ -28,6 +29,7 @@ class PlanRun:
     flips: Sequence[str] = ()
     share: float = 1.0
     rivals: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    pace: float | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,7 @@ def _cost(run: PlanRun) -> dict[str, Any]:
         "visual_tokens_without_plan": round(sum(answer.visual_total for answer in run.answers) / count, 4),
         "prefill_flops_ratio": round(sum(a.prefill_flops for a in run.answers) / without, 6) if without else None,
         "seconds": round(sum(ms.values()) * count / 1e3, 3),
+        "questions_per_s": None if run.pace is None else round(run.pace, 2),
         "ms_per_question": {name: round(value, 4) for name, value in ms.items()},
         "flips": {"checked": run.checked, "flipped": len(run.flips), "ids": list(run.flips)},
     }
