@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -29,8 +28,6 @@ class Job:
     plan: Plan
     log: AnswerLog
     rivals: dict[str, list[str]] = field(default_factory=dict)
-    pace: list[tuple[int, float]] = field(default_factory=list)
-    """Questions asked by this run, and the seconds of wall time, in every process."""
 
     @property
     def share(self) -> float:
@@ -119,12 +116,9 @@ class Execution:
         if not todo and not own:
             return {}
         with self.asker.under(job.plan) as run:
-            began = time.perf_counter()
             for batch in todo:
                 job.log.append(self.asker.ask(batch, run))
                 bar.update(len(batch))
-            if todo:
-                job.pace.append((sum(map(len, todo)), time.perf_counter() - began))
             return {record.id: self.asker.ask([record], run)[0].text for record in own}
 
     def _collect(self, job: Job, alone: Mapping[str, str], checked: Sequence[Record]) -> PlanRun:
@@ -134,5 +128,4 @@ class Execution:
         changed = {answer.id for answer in answers if alone.get(answer.id, answer.text) != answer.text}
         flips = set(self.world.gather(list(changed)))
         ids = [record.id for record in checked if record.id in flips]
-        pace = sum(asked / seconds for asked, seconds in self.world.gather(job.pace)) or None
-        return PlanRun(str(job.plan), answers, len(checked), ids, job.share, job.rivals, pace)
+        return PlanRun(str(job.plan), answers, len(checked), ids, job.share, job.rivals)

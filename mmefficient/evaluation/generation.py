@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +53,7 @@ class Asker:
 
     def ask(self, records: Sequence[Record], run: Any, most: int | None = None) -> list[Answer]:
         """Answers to the records of one batch, from the model as `under` left it; `most` tokens if given."""
-        ids = [record.id for record in records]
+        began, ids = time.perf_counter(), [record.id for record in records]
         batch = self._batches.get(ids, [record.picture for record in records])
         self._shared.coming(batch)
         with StageTimer(self.model) as timer:
@@ -72,7 +74,9 @@ class Asker:
             new = output[:, batch.inputs["input_ids"].shape[1] :].cpu()
         self._batches.keep(ids, batch)
         stages = {name: ms + self._shared.saved.get(name, 0.0) for name, ms in timer.stages_ms.items()}
-        return self._answers(records, new, stages, run.report())
+        answers = self._answers(records, new, stages, run.report())
+        wall = round((time.perf_counter() - began) * 1e3 / len(records), 4)
+        return [replace(answer, wall_ms=wall) for answer in answers]
 
     def _inputs(self, records: Sequence[Record]) -> Any:
         pictures = self.task.pictures(records, self.model.device)
