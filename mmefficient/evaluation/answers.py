@@ -17,7 +17,8 @@ class Answer:
 
     `kept` counts the visual tokens that each decoder layer held, of `visual_total` in the prompt. FLOPs and times (ms
     per stage) are the batch's, divided by its number of questions; `ms["vision"]` is divided by the number of pictures
-    that were encoded, so it does not depend on how many questions happened to share a picture.
+    that were encoded, so it does not depend on how many questions happened to share a picture. `wall_ms` is what asking
+    took by the clock: less, where pictures are shared, or are there already from the plan before.
     """
 
     id: str
@@ -28,6 +29,7 @@ class Answer:
     prefill_flops: float
     prefill_flops_without_plan: float
     ms: dict[str, float] = field(default_factory=dict)
+    wall_ms: float = 0.0
 
     @property
     def visual_tokens(self) -> float:
@@ -130,7 +132,7 @@ def _answer(entry: object) -> Answer:
     if not isinstance(entry, dict) or entry.keys() != {f.name for f in fields(Answer)}:
         raise ValueError("its fields differ")
     answer = Answer(**entry)
-    numbers = (answer.visual_total, answer.prefill_flops, answer.prefill_flops_without_plan)
+    numbers = (answer.visual_total, answer.prefill_flops, answer.prefill_flops_without_plan, answer.wall_ms)
     if not (
         isinstance(answer.id, str)
         and isinstance(answer.text, str)

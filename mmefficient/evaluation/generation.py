@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from mmefficient.bench.timers import StageTimer
 from mmefficient.evaluation.answers import Answer
-from mmefficient.evaluation.sharing import SharedPictures
+from mmefficient.evaluation.sharing import Batches, SharedPictures
 from mmefficient.evaluation.task import Record, Task
 from mmefficient.matchers.words import Words
 from mmefficient.messages import user_message
@@ -38,6 +40,7 @@ class Asker:
 
     def __init__(self, model: Any, processor: Any, task: Task) -> None:
         self.model, self.processor, self.task = model, processor, task
+        self._batches = Batches()
         stop = model.generation_config.eos_token_id
         self._stop = torch.tensor([stop] if isinstance(stop, int) else list(stop or []), dtype=torch.long)
 
@@ -50,12 +53,16 @@ class Asker:
 
     def ask(self, records: Sequence[Record], run: Any, most: int | None = None) -> list[Answer]:
         """Answers to the records of one batch, from the model as `under` left it; `most` tokens if given."""
-        self._shared.pictures = [record.picture for record in records]
+        began, ids = time.perf_counter(), [record.id for record in records]
+        batch = self._batches.get(ids, [record.picture for record in records])
+        self._shared.coming(batch)
         with StageTimer(self.model) as timer:
-            with timer.preprocess():
-                inputs = self._inputs(records)
+            if batch.inputs is None:
+                with timer.preprocess():
+                    batch.inputs = self._inputs(records)
+                batch.ms["preprocess"] = timer.stages_ms["preprocess"]
             output = self.model.generate(
-                **inputs,
+                **batch.inputs,
                 max_new_tokens=most or self.task.kinds[records[0].kind].max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -64,8 +71,12 @@ class Asker:
                 top_k=None,
                 pad_token_id=self.processor.tokenizer.pad_token_id,
             )
-            new = output[:, inputs["input_ids"].shape[1] :].cpu()
-        return self._answers(records, new, timer.stages_ms, run.report())
+            new = output[:, batch.inputs["input_ids"].shape[1] :].cpu()
+        self._batches.keep(ids, batch)
+        stages = {name: ms + self._shared.saved.get(name, 0.0) for name, ms in timer.stages_ms.items()}
+        answers = self._answers(records, new, stages, run.report())
+        wall = round((time.perf_counter() - began) * 1e3 / len(records), 4)
+        return [replace(answer, wall_ms=wall) for answer in answers]
 
     def _inputs(self, records: Sequence[Record]) -> Any:
         pictures = self.task.pictures(records, self.model.device)

@@ -59,7 +59,8 @@ def build(
     `plans[i]["metrics"]` maps "kind/metric" and "group/metric" to {"value", "low", "high", "n"}: shares as fractions
     (other units are in `settings["units"]`), 95 % bootstrap intervals over pictures, the number of questions; undefined
     values are null. `paired` holds the differences to no plan in the same form. `visual_tokens` is the mean over
-    questions and decoder layers; `prefill_flops_ratio` is the prefill's FLOPs over those without the plan.
+    questions and decoder layers; `prefill_flops_ratio` is the prefill's FLOPs over those without the plan;
+    `questions_per_s` is by the clock, of one process.
 
     By the first metric of every kind and group: `against[baseline][metric]` is the difference to the mean of the
     plan's matched baselines with a "verdict", "better" or "worse" where the interval excludes zero and else "equal";
@@ -206,6 +207,7 @@ def _cost(run: PlanRun) -> dict[str, Any]:
         "visual_tokens_without_plan": round(sum(answer.visual_total for answer in run.answers) / count, 4),
         "prefill_flops_ratio": round(sum(a.prefill_flops for a in run.answers) / without, 6) if without else None,
         "seconds": round(sum(ms.values()) * count / 1e3, 3),
+        "questions_per_s": round(1e3 * count / wall, 2) if (wall := sum(a.wall_ms for a in run.answers)) else None,
         "ms_per_question": {name: round(value, 4) for name, value in ms.items()},
         "flips": {"checked": run.checked, "flipped": len(run.flips), "ids": list(run.flips)},
     }

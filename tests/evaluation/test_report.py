@@ -14,7 +14,7 @@ from mmefficient.evaluation.report import PlanRun, build
 
 
 def answer(name: str, text: str, kept: int, flops: float) -> Answer:
-    return Answer(name, text, False, [kept], 16, flops, 100.0, {"prefill": 3.0, "decode": 2.0})
+    return Answer(name, text, False, [kept], 16, flops, 100.0, {"prefill": 3.0, "decode": 2.0}, 5.0)
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def test_report_has_every_kind_for_every_plan(task: Task, vlm: VLM, tmp_path: Pa
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert [plan["plan"] for plan in report["plans"]] == ["none", PLAN]
     none, grid = report["plans"]
+    assert none["questions_per_s"] > 0
     assert none["metrics"].keys() == grid["metrics"].keys() == grid["paired"].keys()
     assert {"existence/f1", "colour/accuracy", "caption/chair_i", "mean/accuracy"} <= none["metrics"].keys()
     assert none["paired"] == {}
@@ -96,6 +98,16 @@ def test_images_may_be_pil(task: Task, vlm: VLM) -> None:
     assert numbers(evaluate(dataclasses.replace(task, pictures=pictures), vlm)) == numbers(evaluate(task, vlm))
 
 
+def before_every_batch(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    ask = Asker.ask
+
+    def asked(*args: Any, **options: Any) -> list[Answer]:
+        act()
+        return ask(*args, **options)
+
+    monkeypatch.setattr(Asker, "ask", asked)
+
+
 @pytest.mark.parametrize("kill", [1, 3, 5, 7, 8, 11, 15, 16])
 def test_a_killed_run_goes_on_to_the_same_numbers(
     task: Task, vlm: VLM, tmp_path: Path, kill: int, monkeypatch: pytest.MonkeyPatch
@@ -108,19 +120,19 @@ def test_a_killed_run_goes_on_to_the_same_numbers(
         appended.extend(answer.id for answer in answers)
         append(self, answers)
 
-    def pictures(records: Any, device: torch.device) -> torch.Tensor:
+    def killed() -> None:
         nonlocal calls
         calls += 1
         if calls == kill:
             raise KeyboardInterrupt
-        return task.pictures(records, device)  # type: ignore[return-value]
 
     whole = evaluate(task, vlm, tmp_path / "whole")
     monkeypatch.setattr(AnswerLog, "append", counted)
+    before_every_batch(monkeypatch, killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(dataclasses.replace(task, pictures=pictures), vlm, tmp_path / "killed")
+        evaluate(task, vlm, tmp_path / "killed")
     assert not (tmp_path / "killed" / "report.json").exists()
-    resumed = evaluate(dataclasses.replace(task, pictures=pictures), vlm, tmp_path / "killed")
+    resumed = evaluate(task, vlm, tmp_path / "killed")
     assert numbers(resumed) == numbers(whole)
     assert sorted(appended) == sorted(2 * [record.id for record in task.records(None, None)])
     assert texts(tmp_path / "killed") == texts(tmp_path / "whole")
@@ -128,20 +140,23 @@ def test_a_killed_run_goes_on_to_the_same_numbers(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_sigkill_at_random_moments_loses_and_repeats_nothing(task: Task, vlm: VLM, tmp_path: Path) -> None:
-    def pictures(records: Any, device: torch.device) -> Any:
-        time.sleep(0.1)
-        return task.pictures(records, device)
-
-    slow = dataclasses.replace(task, pictures=pictures)
-    rng = random.Random(0)
-    for _ in range(10):
-        child = multiprocessing.get_context("fork").Process(target=evaluate, args=(slow, vlm, tmp_path / "killed"))
-        child.start()
-        child.join(rng.uniform(0.1, 0.35))
-        child.kill()
-        child.join()
-        assert child.exitcode in (0, -signal.SIGKILL)
+def test_sigkill_at_random_moments_loses_and_repeats_nothing(
+    task: Task, vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, kills = random.Random(0), 0
+    with monkeypatch.context() as slow:
+        before_every_batch(slow, lambda: time.sleep(0.1))
+        while kills < 10:
+            child = multiprocessing.get_context("fork").Process(target=evaluate, args=(task, vlm, tmp_path / "killed"))
+            child.start()
+            child.join(rng.uniform(0.1, 0.35))
+            child.kill()
+            child.join()
+            if child.exitcode == 0:  # it was through before it was killed: from the beginning again
+                shutil.rmtree(tmp_path / "killed")
+            else:
+                assert child.exitcode == -signal.SIGKILL
+                kills += 1
     assert numbers(evaluate(task, vlm, tmp_path / "killed")) == numbers(evaluate(task, vlm, tmp_path / "whole"))
     assert texts(tmp_path / "killed") == texts(tmp_path / "whole")
 

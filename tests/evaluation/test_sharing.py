@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from mmefficient.evaluation import Record, Task
 from mmefficient.evaluation.generation import Asker
+from mmefficient.evaluation.sharing import Batch, Batches, SharedPictures
 from mmefficient.plan import Plan
 from mmefficient.vlm import VLM
 from tests.tiny_checkpoint import save
@@ -38,6 +40,54 @@ def test_a_shared_picture_is_encoded_once_and_answered_as_if_not(task: Task, vlm
     assert kept == [rows[0] for _, _, rows in alone]
     assert encoded == (7 if "visionzip" in plan else 4)  # methods that look into the tower need a row per question
     assert "get_image_features" not in vars(vlm.model.base_model)
+
+
+def test_plans_share_inputs_and_features_and_are_charged_alike(task: Task, vlm: VLM) -> None:
+    records, made = task.records(["existence"], None), 0
+
+    def pictures(*args: Any) -> Any:
+        nonlocal made
+        made += 1
+        return task.pictures(*args)
+
+    asker = Asker(vlm.model, vlm.processor, dataclasses.replace(task, pictures=pictures))
+    tower: list[int] = []
+    handle = vlm.model.base_model.vision_tower.register_forward_hook(lambda *_: tower.append(1))
+    charged = []
+    for plan in PLANS:
+        with asker.under(Plan(plan)) as run:
+            answers = asker.ask(records, run)
+        charged.append({name: answers[0].ms[name] for name in ("preprocess", "vision")})
+        assert [answer.text for answer in answers] == shared(records, task, vlm, plan)[0]
+    handle.remove()
+    assert made == 1
+    assert sum(tower) - len(PLANS) == 2  # `shared` ran it for every plan; here "none" and "visionzip" did
+    assert charged[0]["vision"] == pytest.approx(charged[1]["vision"], rel=0.2)
+    assert charged[0]["preprocess"] == pytest.approx(charged[2]["preprocess"], rel=0.2)
+
+
+def test_what_is_held_for_later_plans_is_bounded() -> None:
+    batches, batch = Batches(limit=1000), Batch(["p"], {"pixel_values": torch.zeros(100)}, None, {})
+    batches.keep(["a"], batch)
+    batches.keep(["b"], Batch(["p"], {"pixel_values": torch.zeros(200)}))  # no room
+    assert batches.get(["a"], ["p"]) is batch
+    assert batches.get(["b"], ["p"]).inputs is None
+    batch.features = object, torch.zeros(100)  # the tower was asked only now
+    batches.keep(["a"], batch)
+    batches.keep(["c"], Batch(["p"], {"pixel_values": torch.zeros(60)}))
+    assert batches.get(["c"], ["p"]).inputs is None
+
+
+def test_pixels_that_a_method_made_are_encoded_anew(vlm: VLM) -> None:
+    made = torch.rand(2, 3, 16, 16)
+    batch = Batch(["p", "p"], {"pixel_values": torch.rand(2, 3, 16, 16)}, ms={"preprocess": 1.0})
+    with SharedPictures(vlm.model, Plan()) as sharing:
+        sharing.coming(batch)
+        own = vlm.model.base_model.get_image_features(batch.inputs["pixel_values"]).pooler_output
+        other = vlm.model.base_model.get_image_features(made).pooler_output
+        again = vlm.model.base_model.get_image_features(batch.inputs["pixel_values"]).pooler_output
+    assert all(map(torch.equal, own, again))
+    assert not torch.equal(own[0], other[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
