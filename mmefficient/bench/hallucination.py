@@ -5,7 +5,8 @@
 Of every method that strength is taken which hallucinates least in counterfactual validation captions, among those that
 lose at most 0.8 points of recall, change the length by at most 4 % and repeat no more than the model alone. That is a
 fifth less than is allowed on test, since another sample differs by chance. If none does, the one that loses the least
-recall stands in the table anyway, marked. Under `accelerate launch` (or torchrun) processes share the work, one GPU or more.
+recall stands in the table anyway, marked. Under `accelerate launch` (or torchrun) processes share the work, on one GPU
+or more.
 """
 
 from __future__ import annotations
