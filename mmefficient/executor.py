@@ -22,6 +22,7 @@ from mmefficient.cache import fit_layer, stored_rows
 from mmefficient.call import Call
 from mmefficient.errors import InputError, ModelError, PlanError
 from mmefficient.masks import decode_mask, prefill_mask
+from mmefficient.matchers import EMBEDDINGS
 from mmefficient.modulation import Modulation, by_layer
 from mmefficient.offer import Parts, Rope
 from mmefficient.points import LayerMethod, Method, Reducer, Scope
@@ -31,7 +32,7 @@ from mmefficient.reduction import Prefill
 from mmefficient.rows import LayerPlan, RowLayer, check_layer
 from mmefficient.run import Run
 from mmefficient.tokens import TokenMap, build
-from mmefficient.view import Stream, View, repeated
+from mmefficient.view import Stream, View, matches, repeated, seen
 from mmefficient.vision import Vision, Watcher
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Executor:
         self.blind_until = max(blinding, default=-1)
         self.layered = [each for each in stages if isinstance(each, LayerMethod)]
         views = [each for each in stages if isinstance(each, View)]
-        self.stream = Stream(views[0], adapter.decoder.config) if views else None
+        self.stream = Stream(views[0], adapter, tokenizer) if views else None
         self.watcher = Watcher(adapter, stages)
         self.configs = self._text_configs()
         self.implementation: str = adapter.decoder.config._attn_implementation
@@ -318,10 +319,25 @@ class Executor:
         if cache is not None:
             setattr(cache, STATE, state)
         if self.stream is not None and not self.stream.inside and "image" in call.vision:
-            state.pictures = repeated(call.vision["image"].given, batch, call.repeats.get("image", 1))
+            state.pictures = self._varied(call, tokens, embeds)
         tower = call.vision["image"].tower if "image" in call.vision else None
         call.prefill = Prefill(state, facts, tower, simulate=self.run.mode == "simulate")
         self.run.add(state)
+
+    def _varied(self, call: Call, tokens: TokenMap, embeds: torch.Tensor) -> dict[str, Any]:
+        """The pictures that the second stream reads, one per row of the batch."""
+        assert self.stream is not None
+        view, vision, repeats, match = self.stream.view, call.vision["image"], call.repeats.get("image", 1), None
+        if "match" in view.needs:
+            name: str = view.matcher  # type: ignore[attr-defined]
+            tower, texts, inverted = None, None, False
+            if name != EMBEDDINGS:
+                assert vision.tower is not None
+                tower, inverted = vision.tower.matched[name], self.watcher.matchers[name].inverted
+                texts = self._texts(call, name, tower.device)
+            asks = question_at(tokens, call.drafts)
+            match = matches(tokens, embeds, asks, repeats, tower, texts, inverted)
+        return repeated(seen(view, vision.given, match, self.adapter), len(embeds), repeats)
 
     def look(self, tokens: TokenMap) -> None:
         """Note whether a new prompt has images; raises ModelError if their tower facts are wanted and do not exist."""
@@ -339,6 +355,8 @@ class Executor:
         if call is None or call.state is None:
             return None
         index: int = layer.self_attn.layer_idx
+        if self.stream is not None:
+            self.stream.passing(index, args[0])
         hidden, cache, mask = args[0], kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if call.prefill is None:
             held = call.state.segments.get(index)

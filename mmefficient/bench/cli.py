@@ -208,10 +208,12 @@ def hallucination(
 ) -> None:
     """What methods against hallucination do, at strengths chosen on validation."""
     from mmefficient.bench.hallucination import run, table, write
+    from mmefficient.evaluation.processes import Processes
 
     result = run(model, out, only or [], trial=trial, limit=limit, device=device, dtype=dtype)
-    write(result, out)
-    print(table(result))
+    if Processes.current().rank == 0:
+        write(result, out)
+        print(table(result))
 
 
 @app.command()

@@ -3,8 +3,10 @@
     python -m mmefficient.bench hallucination --model reference-biased --out DIR
 
 Of every method that strength is taken which hallucinates least in counterfactual validation captions, among those that
-lose at most one point of recall, change the length by at most 5 % and repeat no more than the model alone. If none
-does, the one that loses the least recall stands in the table anyway, marked.
+lose at most 0.8 points of recall, change the length by at most 4 % and repeat no more than the model alone. That is a
+fifth less than is allowed on test, since another sample differs by chance. If none does, the one that loses the least
+recall stands in the table anyway, marked. Under `accelerate launch` (or torchrun) processes share the work, on one GPU
+or more.
 """
 
 from __future__ import annotations
@@ -17,20 +19,29 @@ from pathlib import Path
 from typing import Any
 
 from mmefficient.errors import MMEfficientError
+from mmefficient.evaluation.processes import Processes
 from mmefficient.evaluation.runner import run_eval
 from mmefficient.evaluation.tasks.hallucination import task
 from mmefficient.plan import Plan
 from mmefficient.vlm import VLM
 
 STRENGTHS: dict[str, tuple[str, ...]] = {
-    "vhr": tuple(f"vhr(alpha={a},deep={d})" for d in (0.0, 0.25, 0.4375) for a in (1.5, 2.0, 3.0)),
-    "pai": tuple(f"pai(alpha={a})" for a in (0.02, 0.05, 0.2)),
+    "lift": tuple(f"lift(gain={g})" for g in (1.2, 1.5, 1.75, 2.0)),
+    "vhr": (
+        *(f"vhr(alpha={a},only={layers})" for layers in ("(0,)", "(0,1)") for a in (1.25, 1.4)),
+        "vhr(alpha=1.5)",
+        "vhr(alpha=2.0)",
+    ),
+    "pai": tuple(f"pai(alpha={a})" for a in (0.02, 0.1)),
     "vaf": tuple(f"vaf(enhance={e},first=3,last=8)" for e in (1.02, 1.05)),
-    "var": tuple(f"var(p={p},tau={t},first=1)" for p in (0.3, 0.6) for t in (4.0, 8.0)),
+    "var": tuple(f"var(p={p},tau={t},first=1)" for p, t in ((0.3, 4.0), (0.6, 8.0))),
     "adhh": tuple(f"adhh(theta={t})" for t in (0.05, 0.2)),
-    "paint": tuple(f"paint(alpha={a},beta={a})" for a in (0.1, 0.3)),
-    "spin": tuple(f"spin(keep={k},factor={f})" for k in (0.75, 0.88) for f in (0.08, 0.5)),
+    "paint": tuple(f"paint(alpha={a},beta={a})" for a in (0.05, 0.2)),
+    "spin": tuple(f"spin(keep={k},factor={f})" for k, f in ((0.75, 0.5), (0.88, 0.08), (0.88, 0.5))),
     "vcd": tuple(f"vcd(alpha={a})" for a in (0.5, 1.0)),
+    "icd": tuple(f"icd(alpha={a})" for a in (0.5, 1.0)),
+    "agla": tuple(f"agla(alpha={a},keep={k})" for a, k in ((2.0, 0.6), (1.0, 0.8))),
+    "dola": ("dola(early=low)", "dola(early=high)"),
 }
 """Plans tried of every method. Layers are shares of this model's twelve, as the papers' are of their models' 32."""
 REDUCERS = ("fastv(layer=2,keep=0.5)", "grid(keep=0.5)", "visionzip(dominant=260,contextual=28,positions=keep)")
@@ -46,6 +57,8 @@ COLUMNS = (
     (f"{EXISTENCE}/yes_rate", "yes-rate"),
     (f"{EXISTENCE}/mcc", "MCC"),
 )
+ALLOWED = {"recall": 0.01, "length": 0.05}  # what a method may lose of recall, and change of the length, on test
+MARGIN = 0.8  # share of that on validation
 Entry = Mapping[str, Any]
 
 
@@ -69,11 +82,12 @@ def run(
         {"chosen": {method: plan}, "feasible": {method: bool}, "left_out": {method: why}, "validation", "test"}: the
         last two are reports of `run_eval`.
     """
-    vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
+    world = Processes.current()
+    vlm = VLM.from_pretrained(model, device=world.device or device, dtype=dtype)
     names, left_out = list(only) or list(STRENGTHS), {}
     for name in tuple(names):
         try:
-            with Plan(STRENGTHS[name][0]).apply(vlm.model):
+            with Plan(STRENGTHS[name][0]).apply(vlm.model, tokenizer=vlm.processor.tokenizer):
                 pass
         except MMEfficientError as error:  # adhh needs a profile of the checkpoint
             names.remove(name)
@@ -119,7 +133,8 @@ def choose(base: Entry, tried: Mapping[str, Entry]) -> tuple[str, bool]:
         length = value(metrics, "length") / value(base, "length")
         lost = value(base, "recall") - value(metrics, "recall")
         repeats = value(metrics, "repeated_8gram") - value(base, "repeated_8gram")
-        return lost <= 0.01 and abs(length - 1) <= 0.05 and repeats <= 0
+        within = lost <= MARGIN * ALLOWED["recall"] and abs(length - 1) <= MARGIN * ALLOWED["length"]
+        return within and repeats <= 0
 
     good = {plan: metrics for plan, metrics in tried.items() if keeps(metrics)}
     if good:
@@ -129,9 +144,13 @@ def choose(base: Entry, tried: Mapping[str, Entry]) -> tuple[str, bool]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Test scores as a Markdown table: percent, with paired 95 % intervals of the differences to no plan below."""
-    lines = ["| plan | " + " | ".join(title for _, title in COLUMNS) + " | decode ms |"]
-    lines.append("|---|" + "---:|" * (len(COLUMNS) + 1))
+    """Test scores as a Markdown table: percent, with paired 95 % intervals of the differences to no plan.
+
+    Milliseconds are there if one process ran alone.
+    """
+    alone = result["test"]["settings"]["processes"] == 1
+    lines = ["| plan | " + " | ".join(title for _, title in COLUMNS) + (" | decode ms |" if alone else " |")]
+    lines.append("|---|" + "---:|" * (len(COLUMNS) + alone))
     loose = {str(Plan(result["chosen"][name])) for name, good in result["feasible"].items() if not good}
     for entry in result["test"]["plans"]:
         cells = []
@@ -145,8 +164,10 @@ def table(result: Mapping[str, Any]) -> str:
             if change and change["low"] is not None:
                 cell += f" ({scale * change['low']:+.{digits}f} to {scale * change['high']:+.{digits}f})"
             cells.append(cell)
+        if alone:
+            cells.append(f"{entry['ms_per_question']['decode']:.2f}")
         mark = " *" if entry["plan"] in loose else ""
-        lines.append(f"| `{entry['plan']}`{mark} | {' | '.join(cells)} | {entry['ms_per_question']['decode']:.2f} |")
+        lines.append(f"| `{entry['plan']}`{mark} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

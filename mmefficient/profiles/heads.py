@@ -111,7 +111,7 @@ def attribute(vlm: Any, pictures: int, top: int) -> tuple[list[tuple[int, int]],
     score, mentions = torch.zeros(len(layers), heads), {True: 0, False: 0}
     sums = {there: torch.zeros(len(layers), heads) for there in mentions}
     for record in task("val").records([kind], pictures):
-        inputs = _inputs(vlm, task("val").pictures([record], model.device), record.question)
+        inputs = chat_inputs(vlm, task("val").pictures([record], model.device), record.question)
         start = inputs["input_ids"].shape[1]
         whole = model.generate(**inputs, max_new_tokens=64, do_sample=False)
         inputs |= {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
@@ -138,7 +138,8 @@ def attribute(vlm: Any, pictures: int, top: int) -> tuple[list[tuple[int, int]],
     }
 
 
-def _inputs(vlm: Any, picture: Any, question: str) -> dict[str, Any]:
+def chat_inputs(vlm: Any, picture: Any, question: str) -> dict[str, Any]:
+    """What the model is given for one question about a picture, which comes in a list of one."""
     from mmefficient.messages import user_message
 
     made = vlm.processor.apply_chat_template(

@@ -41,8 +41,9 @@ def metrics(chair: float, recall: float = 0.9, length: float = 8.0, repeats: flo
     ("tried", "chosen"),
     [
         ({"a": metrics(0.2), "b": metrics(0.1)}, ("b", True)),
-        ({"a": metrics(0.2), "b": metrics(0.1, recall=0.88)}, ("a", True)),
-        ({"a": metrics(0.2), "b": metrics(0.1, length=7.5)}, ("a", True)),
+        ({"a": metrics(0.2), "b": metrics(0.1, recall=0.891)}, ("a", True)),
+        ({"a": metrics(0.2), "b": metrics(0.1, length=7.66)}, ("a", True)),
+        ({"a": metrics(0.2), "b": metrics(0.1, recall=0.893, length=7.7)}, ("b", True)),
         ({"a": metrics(0.2), "b": metrics(0.1, repeats=0.01)}, ("a", True)),
         ({"a": metrics(0.1), "b": metrics(0.1, right=0.95)}, ("b", True)),
         ({"a": metrics(0.1, recall=0.5), "b": metrics(0.2, recall=0.8)}, ("b", False)),
@@ -65,8 +66,13 @@ def test_table() -> None:
         "metrics": {"caption-counterfactual/chair_s": {"value": 0.125}},
         "paired": {"caption-counterfactual/chair_s": {"low": -0.2, "high": -0.1}},
     }
-    report = {"plans": [{**each, "ms_per_question": {"decode": 1.0}} for each in (entry, changed)]}
-    text = table({"chosen": {"pai": "pai"}, "feasible": {"pai": False}, "test": report})
+    report: dict[str, Any] = {"plans": [{**each, "ms_per_question": {"decode": 1.0}} for each in (entry, changed)]}
+    result = {"chosen": {"pai": "pai"}, "feasible": {"pai": False}, "test": report}
+    report["settings"] = {"processes": 1}
+    assert "| decode ms |" in table(result)
+    report["settings"] = {"processes": 2}
+    text = table(result)
+    assert "decode ms" not in text  # processes in each other's way time nothing
     assert "25.0" in text
     assert "12.5 (-20.0 to -10.0)" in text
     assert "` *" in text

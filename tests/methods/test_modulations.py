@@ -81,6 +81,12 @@ def spin(layer: Layer) -> torch.Tensor:
     return out
 
 
+def lift(layer: Layer) -> torch.Tensor:
+    """Lift: every head's output times 1.7 in rows after the image, from layer 1 on."""
+    out = plain(layer)
+    return torch.where(in_rows(layer, "answer"), 1.7 * out, out) if layer.index >= 1 else out
+
+
 HEADS = ((1, 0), (1, 3), (3, 2))
 
 
@@ -162,6 +168,7 @@ ORACLES: dict[str, Callable[[Layer], torch.Tensor]] = {
     "vaf(first=1,last=2)": vaf,
     "var(p=0.3,rho=0.4,tau=1.6)": var,
     "spin(keep=0.5,factor=0.3)": spin,
+    "lift(gain=1.7,first=1)": lift,
     f"adhh(theta=0.2,heads={HEADS})": adhh,
 }
 
@@ -240,6 +247,11 @@ def test_vhr_equals_the_published_algorithm(implementation: str) -> None:
         torch.testing.assert_close(torch.stack(out.logits)[:, row], expected, rtol=0, atol=1e-5)
 
 
+def test_vhr_in_chosen_layers() -> None:
+    assert list(VHR().layers(12)) == [1, 7, 8, 9, 10, 11]
+    assert list(VHR(only=(3, 0)).layers(12)) == [0, 3]
+
+
 def test_vhr_chooses_half_of_the_heads_and_outliers_need_both_conditions() -> None:
     torch.manual_seed(0)
     blind = torch.randn(3, 32, 8)
@@ -258,7 +270,7 @@ NEUTRAL = [
     "vhr(alpha=1.0)",
     "var(p=1.0,tau=1.5)",
 ]
-NEUTRAL += ["spin(factor=1.0)", "adhh(theta=1.1,heads=((2,1),))"]
+NEUTRAL += ["lift(gain=1.0)", "spin(factor=1.0)", "adhh(theta=1.1,heads=((2,1),))"]
 
 
 @pytest.mark.parametrize("plan", NEUTRAL)
@@ -355,7 +367,7 @@ def test_every_layer_and_step_goes_through_the_kernels_once(plan: str, monkeypat
 
 
 @pytest.mark.parametrize(
-    "plan", ["pai(alpha=0.4)", "vaf(first=1,last=2)", "var(p=0.3,rho=0.4,tau=1.6)", "vhr", "spin(keep=0.5)"]
+    "plan", ["pai(alpha=0.4)", "vaf(first=1,last=2)", "var(p=0.3,rho=0.4,tau=1.6)", "vhr", "lift", "spin(keep=0.5)"]
 )
 def test_sampling_is_modulated_from_its_first_token(plan: str) -> None:
     model, batch = tiny.build("llava"), tiny.ragged_batch("llava")

@@ -28,6 +28,7 @@ class VHR(Modulation):
         default=0.4375, metadata=about("share of the decoder's layers, counted from the end, it acts in")
     )
     second: bool = field(default=True, metadata=about("whether it also acts in the second layer"))
+    only: tuple[int, ...] = field(default=(), metadata=about("the layers it acts in, instead of those", quiet=True))
     outliers: bool = field(
         default=True, metadata=about("leave out heads that become active because the image is missing", quiet=True)
     )
@@ -36,6 +37,8 @@ class VHR(Modulation):
     )
 
     def layers(self, count: int) -> Sequence[int]:
+        if self.only:
+            return sorted(set(self.only))
         deep = range(count - round(self.deep * count), count)
         return [1, *deep] if self.second and count > 1 and 1 not in deep else deep
 

@@ -10,7 +10,7 @@ import torch
 
 from mmefficient.errors import PlanError
 from mmefficient.points import about
-from mmefficient.view import View
+from mmefficient.view import Sight, View
 
 STEPS = 1000
 
@@ -32,11 +32,11 @@ class VCD(View):
         super().__post_init__()
         if not 0 <= self.step < STEPS:
             raise PlanError(f"vcd: step={self.step} is outside 0 to {STEPS - 1}.")
-        if not 0 < self.beta <= 1:
-            raise PlanError(f"vcd: beta={self.beta} is outside (0, 1]; it is a share of the largest probability.")
+        check_share(self.name, self.beta)
 
-    def pictures(self, pixels: torch.Tensor) -> torch.Tensor:
+    def pictures(self, sight: Sight) -> torch.Tensor:
         """Every picture gets the noise it would get alone: that of the seed, for its shape."""
+        pixels = sight.pixels
         rate = torch.linspace(-6, 6, STEPS, dtype=torch.float64).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
         left = float((1 - rate).cumprod(0)[self.step])
         generator = torch.Generator().manual_seed(self.seed)
@@ -45,5 +45,15 @@ class VCD(View):
         return (math.sqrt(left) * pixels.float() + math.sqrt(1 - left) * noise).to(pixels.dtype)
 
     def combine(self, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        cut = own.amax(-1, keepdim=True) + math.log(self.beta)
-        return ((1 + self.alpha) * own - self.alpha * other).masked_fill(own < cut, float("-inf"))
+        return plausible((1 + self.alpha) * own - self.alpha * other, own, self.beta)
+
+
+def plausible(combined: torch.Tensor, own: torch.Tensor, share: float) -> torch.Tensor:
+    """`combined` without the tokens that the logits `own` make less likely than `share` times their best, [..., V]."""
+    return combined.masked_fill(own < own.amax(-1, keepdim=True) + math.log(share), float("-inf"))
+
+
+def check_share(name: str, share: float) -> None:
+    """Raises PlanError unless `share`, of the largest probability, is one."""
+    if not 0 < share <= 1:
+        raise PlanError(f"{name}: beta={share} is outside (0, 1]; it is a share of the largest probability.")
