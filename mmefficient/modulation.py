@@ -25,6 +25,8 @@ Gain = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 class LayerPrompt:
     """One prompt in one decoder layer: B rows of the batch, n slots each. No tensor here is [n, n].
 
+    Behind a row's last token there may be slots of text that nothing sees: drafts, or what fills up a recorded program.
+
     Attributes:
         layer: index of the decoder layer.
         tokens: the token map of the slots; role PAD where a slot takes no part.
@@ -67,6 +69,8 @@ class Change:
         gain: factor on each head's output: [B, Hq], or a function of the rows' queries [B, Hq, R, d] that gives
             [B, Hq, R].
         blind_too: the gain also acts on the prompt without its visual tokens (see `LayerPrompt.blind`).
+
+    A function holds its tensors as arguments of a `functools.partial`, where those who store a change find them.
     """
 
     bias: torch.Tensor | None = None
@@ -100,6 +104,9 @@ class Modulation(Method):
     many_turns: ClassVar[bool] = False  # it is asked about whole prompts
     per_layer: ClassVar[bool] = False
     """Whether `group` differs from layer to layer, even where the layers hold the same tokens."""
+    recordable: ClassVar[bool] = True
+    """Whether the method can be part of a recorded program: it does not wait for the device, and what it does depends
+    on the prompt through the values of tensors alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

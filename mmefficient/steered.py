@@ -22,13 +22,16 @@ class KeyFacts:
 
     Args:
         tail: bool [B, n], slots whose keys later ones take the place of; None = none.
+
+    Attributes:
+        stored: the facts of the prompt's slots once it is read.
     """
 
     def __init__(self, prompt: torch.Tensor, tail: torch.Tensor | None = None, later: float = 0.0) -> None:
         self.prompt, self.later = prompt, later
         if tail is not None:
             prompt = prompt.masked_fill(tail if prompt.ndim == 2 else tail[:, None], later)
-        self._grown = prompt
+        self.stored = self._grown = prompt
 
     def upto(self, keys: int) -> torch.Tensor:
         """The facts of the first `keys` keys once the prompt is read, as a view."""
