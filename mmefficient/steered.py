@@ -100,7 +100,7 @@ def run_with(run: Callable[..., Any], owner: Part | None, biases: Sequence[torch
     if change.mix is not None:
         out, lse = found
         found = mix(out, lse, change.mix(masses(lse))).to(query.dtype)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _factor(gain: Gain, query: torch.Tensor) -> torch.Tensor:

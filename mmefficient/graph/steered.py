@@ -37,7 +37,8 @@ class BlindBlocks(Blind):
             return aside.attended(out.transpose(1, 2)).transpose(1, 2)
 
         start = torch.zeros(batch, dtype=torch.long, device=self.hidden.device)
-        self.hidden = block(layer, self.hidden, self.rope, *self.hidden.new_empty(rows), start, attend)
+        keys, values = self.hidden.new_empty(rows)
+        self.hidden = block(layer, self.hidden, self.rope, keys, values, start, attend)
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ def moved(part: Part, move: Callable[[Any], Any], move_keys: Callable[[Any], Any
     """`part` with `move` done to every tensor and `move_keys` to facts per key."""
     change = part.change
     inside = {name: _moved(getattr(change, name), move) for name in ("logit_map", "mix", "gain")}
-    facts = {name: fact and move_keys(fact) for name, fact in (("group", part.group), ("bias", part.bias))}
-    return replace(part, change=Change(**inside), **facts)
+    group, bias = (fact and move_keys(fact) for fact in (part.group, part.bias))
+    return replace(part, change=Change(**inside), group=group, bias=bias)
 
 
 def _moved(value: Any, move: Callable[[Any], Any]) -> Any:

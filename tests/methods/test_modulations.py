@@ -160,7 +160,10 @@ def test_paint_equals_the_published_algorithm(implementation: str) -> None:
 def test_paint_sets() -> None:
     shallow = torch.tensor([5.0, 4, 3, 2, 1, 0, 0, 0])
     deep = torch.tensor([9.0, 1, 1.1, 1.2, 0.9, 1, 1.1, 8])
-    assert sets(shallow, deep, 0.5).tolist() == [SUMMARY, LOCAL, LOCAL, LOCAL, 0, 0, 0, SUMMARY]
+    one = [SUMMARY, LOCAL, LOCAL, LOCAL, 0, 0, 0, SUMMARY]
+    assert sets(shallow, deep, torch.zeros(8, dtype=torch.long), 0.5).tolist() == one
+    crop = torch.tensor([7, -1] * 8)  # two crops, token by token in turn
+    assert sets(shallow.repeat_interleave(2), deep.repeat_interleave(2), crop, 0.5).view(8, 2).T.tolist() == [one, one]
 
 
 ORACLES: dict[str, Callable[[Layer], torch.Tensor]] = {

@@ -56,7 +56,7 @@ class VAR(Modulation):
         size = (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).abs()
         real = prompt.tokens.role != Role.PAD
         if self.dims:
-            largest = size[..., list(self.dims)].amax(-1)
+            largest = size[..., torch.tensor(self.dims, device=x.device)].amax(-1)
         else:
             start = real.long().argmax(1)
             dims = size[torch.arange(len(x), device=x.device), start].topk(2).indices  # [B, 2]
