@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from mmefficient.kernels.decode_attention import decode_attention
-from mmefficient.kernels.grouped_attention import masses, mix
+from mmefficient.kernels.group_mix import group_mix
 from mmefficient.modulation import Change, Gain, Rows
 
 ROOM = 256  # keys by which stored facts grow at a time
@@ -97,10 +97,10 @@ def run_with(run: Callable[..., Any], owner: Part | None, biases: Sequence[torch
     change = Change() if owner is None else owner.change
     query = run.args[0]  # type: ignore[attr-defined]
     found = run(bias=bias, logit_map=change.logit_map, partials=change.mix is not None)
-    if change.mix is not None:
-        out, lse = found
-        found = mix(out, lse, change.mix(masses(lse))).to(query.dtype)
-    return found
+    if change.mix is None:
+        return found
+    (out, lse), mix = found, change.mix
+    return group_mix(out, lse, mix.where, mix.move, mix.least, dtype=query.dtype)
 
 
 def _factor(gain: Gain, query: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mmefficient.blind import Blind
 from mmefficient.errors import ModelError
 from mmefficient.graph.block import attention, block
-from mmefficient.modulation import Change
+from mmefficient.modulation import Change, Mix
 from mmefficient.steered import KeyFacts, Part
 from mmefficient.steering import Aside, Decide
 
@@ -135,6 +135,8 @@ def moved(part: Part, move: Callable[[Any], Any], move_keys: Callable[[Any], Any
 def _moved(value: Any, move: Callable[[Any], Any]) -> Any:
     if isinstance(value, (torch.Tensor, Place)):
         return move(value)
+    if isinstance(value, Mix):
+        return Mix(*(move(each) for each in (value.where, value.move, value.least)))
     if isinstance(value, partial):
         named = {name: _moved(each, move) for name, each in value.keywords.items()}
         return partial(value.func, *(_moved(each, move) for each in value.args), **named)

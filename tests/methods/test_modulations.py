@@ -334,6 +334,7 @@ def test_no_attention_matrix_is_made(plan: str, monkeypatch: pytest.MonkeyPatch)
     for name in ("grouped_attention", "decode_attention", "layout_of", "make_layout"):
         monkeypatch.setattr(steering, name, partial(getattr(steering, name), impl="triton"))
     monkeypatch.setattr(steered, "decode_attention", steering.decode_attention)
+    monkeypatch.setattr(steered, "group_mix", partial(steered.group_mix, impl="triton"))
     batch = tiny.collate("llava", [tiny.prompt("llava", 2, 24, 8)])
     model, length = tiny.build("llava"), batch["input_ids"].shape[1]
     assert length > model.config.text_config.intermediate_size > model.config.text_config.hidden_size

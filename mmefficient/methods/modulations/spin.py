@@ -44,6 +44,7 @@ class SPIN(Modulation):
 
     def gain(self, total: torch.Tensor, low: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """[B, Hq, R] for queries [B, Hq, R, d]; `total` [B, Hq, d, 1] sums the image's keys, `low` [B, 1, 1]."""
-        heads, score = query.shape[1], (query @ total).squeeze(-1)
-        least = score.topk(heads - int(self.keep * heads), dim=1, largest=False).indices
-        return torch.ones_like(score, dtype=torch.float32).scatter(1, least, low.expand_as(least))
+        heads, score = query.shape[1], query @ total
+        # heads with fewer below them than are turned down; in few operations, for they run in every layer and step
+        rank = (score.transpose(1, 3) < score).sum(3)
+        return torch.where(rank < heads - int(self.keep * heads), low, 1.0)
