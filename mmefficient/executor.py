@@ -148,8 +148,8 @@ class Executor:
                 )
             if plan is not None and index < self.blind_until:
                 raise PlanError(
-                    f"{self.run.plan}: visual rows do less in layer {index}, beside which the prompt is read without its "
-                    "image; give them layers behind those."
+                    f"{self.run.plan} has visual rows do less in layer {index}, beside which the prompt is also read "
+                    "without its image; give them later layers."
                 )
             if plan is not None:
                 check_layer(layer, plan, self.adapter, self.flash)

@@ -26,7 +26,7 @@ PLANS = [
     "spin(keep=0.5,factor=0.3)",
     "adhh(theta=0.2,heads=((1,0),(1,3),(3,2)))",
     "vhr(alpha=1.7,deep=0.5)",
-    "paint(alpha=0.9,beta=0.5,local=0.5,first=1)",
+    "paint(alpha=0.9,beta=0.5,local=0.5,first=1)+lift(gain=1.3)",
     "fastv(layer=2,keep=0.5)+pai(alpha=0.4)",
     "pool(keep=0.3)+vhr(alpha=1.7)+spin(keep=0.5)+vaf(first=1,last=2)",
     "exit(layer=2)+vhr(alpha=1.7)+var(p=0.3,rho=0.4,tau=1.6)",
