@@ -46,7 +46,7 @@ class Tower:
         features: input of the projector, [M, Dv].
         layers: attention [M] and keys [M, d] of tower layers.
         matched: by matcher, the patches in its space, [M, E].
-        mark: bool [M], see `points.VisualTokens`.
+        mark: bool [M], see `decisions.VisualTokens`.
     """
 
     features: torch.Tensor | None = None

@@ -263,10 +263,11 @@ def evidence(
     method: Annotated[list[str] | None, typer.Option(help="Only plans with this method; repeat for more.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="A batch size to time; repeat for more. 1 and 8.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per batch.")] = None,
-    engine: Annotated[str, typer.Option(help="What runs the timed plans.")] = "eager",
+    engine: Annotated[str, typer.Option(help="What runs the timed plans; eager where it cannot.")] = "eager",
     kind: Annotated[list[str] | None, typer.Option(help="Only this kind of question; repeat for more.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Random selections that each plan is compared with.")] = 3,
     positions: Annotated[str, typer.Option(help="both, or keep: leave out plans that close up position ids.")] = "both",
+    part: Annotated[str, typer.Option(help="both, or only: accuracy (the table from what there is), clock.")] = "both",
     repeats: Repeats = 7,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -278,7 +279,21 @@ def evidence(
     from mmefficient.bench.evidence import command
 
     command(
-        out, clock, limit, budget, method, batch, batch_size, repeats, engine, kind, seeds, positions, device, dtype
+        out,
+        clock,
+        limit,
+        budget,
+        method,
+        batch,
+        batch_size,
+        repeats,
+        engine,
+        kind,
+        seeds,
+        positions,
+        part,
+        device,
+        dtype,
     )
 
 
