@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
@@ -53,11 +54,20 @@ class LayerPlan:
     Attributes:
         pairs: which pairs exist; None = causal.
         source: makes the visual rows from the projector's input; None = they come from the layer before.
+        limits: patterns that leave out further pairs (`Pattern.limit`).
+        own: a pattern that computes the attention itself (`Pattern.attend`).
     """
 
     work: VisualWork
     pairs: Pairs | None
     source: nn.Module | None
+    limits: tuple[Pattern, ...] = ()
+    own: Pattern | None = None
+
+    @property
+    def recordable(self) -> bool:
+        """Whether the layer can be part of a recorded program."""
+        return not self.limits and self.own is None and self.work.values
 
     @classmethod
     def of(cls, methods: Sequence[LayerMethod], layer: int, adapter: Adapter) -> LayerPlan | None:
@@ -81,7 +91,12 @@ class LayerPlan:
         if source is not None:
             matrices = sum(p.numel() for p in source.parameters() if p.ndim == 2)
             work = replace(work, extra=work.extra + matrices)
-        return cls(work, pairs, source)
+        patterns = [method for method in acting if isinstance(method, Pattern)]
+        limits = tuple(each for each in patterns if type(each).limit is not Pattern.limit)
+        own = next((each for each in patterns if type(each).attend is not Pattern.attend), None)
+        if own is not None and (len(patterns) > 1 or work.attention != "full"):
+            raise PlanError(f"{own} computes the attention of layer {layer} itself; leave out what else changes it.")
+        return cls(work, pairs, source, limits, own)
 
     def enter(self, hidden: torch.Tensor, slots: Slots, prefill: Prefill, within: bool = False) -> torch.Tensor:
         """`hidden` [B, n, D] with the visual rows that `source` makes, if it does; `within`: in the same memory."""
@@ -129,8 +144,8 @@ class Slots:
             behind = torch.arange(slots, device=device) >= slots - facts.tail.to(device)[:, None]
             tokens = tokens.replace(role=role.masked_fill(behind, int(Role.PAD)))
         self.tokens = tokens
-        self._layouts: dict[tuple[Pairs | None, bool], Layout] = {}
-        self._dense: dict[tuple[Pairs | None, bool], torch.Tensor] = {}
+        self._layouts: dict[tuple[Pairs | None, bool, tuple[Pattern, ...]], Layout] = {}
+        self._dense: dict[tuple[Pairs | None, bool, tuple[Pattern, ...]], torch.Tensor] = {}
         self._rope: tuple[Rope, Rope] | None = None
 
     @classmethod
@@ -179,29 +194,37 @@ class Slots:
             self._rope = rope, (cos, sin)
         return self._rope[1]
 
-    def layout(self, pairs: Pairs | None, text_only: bool, query: torch.Tensor) -> Layout:
+    def layout(self, plan: LayerPlan, text_only: bool, query: torch.Tensor) -> Layout:
         """Pairs of the text rows or of all rows with all keys, for `grouped_attention`."""
-        if (pairs, text_only) not in self._layouts:
-            self._layouts[pairs, text_only] = layout_of(
+        what = plan.pairs, text_only, plan.limits
+        if what not in self._layouts:
+            self._layouts[what] = layout_of(
                 self.tokens,
-                pairs or causal(),
+                plan.pairs or causal(),
                 queries=self.own if text_only else None,
+                mask=None if text_only else self._limit(plan),
                 group=None,
                 groups=1,
                 head_dim=query.shape[-1],
                 dtype=query.dtype,
                 exact=self.exact,
             )
-        return self._layouts[pairs, text_only]
+        return self._layouts[what]
 
-    def dense(self, pairs: Pairs | None, text_only: bool = True) -> torch.Tensor:
+    def dense(self, plan: LayerPlan, text_only: bool = True) -> torch.Tensor:
         """The same as a mask, bool [B, 1, t or n, n]; rows that would see nothing see everything."""
-        if (pairs, text_only) not in self._dense:
-            queries = self.own if text_only else None
-            layout = layout_of(self.tokens, pairs or causal(), queries=queries, group=None, groups=1, impl="reference")
-            seen = layout.visible()
-            self._dense[pairs, text_only] = seen | ~seen.any(-1, keepdim=True)
-        return self._dense[pairs, text_only]
+        what = plan.pairs, text_only, plan.limits
+        if what not in self._dense:
+            options: dict[str, Any] = {"queries": self.own} if text_only else {"mask": self._limit(plan)}
+            pairs = plan.pairs or causal()
+            seen = layout_of(self.tokens, pairs, group=None, groups=1, impl="reference", **options).visible()
+            self._dense[what] = seen | ~seen.any(-1, keepdim=True)
+        return self._dense[what]
+
+    def _limit(self, plan: LayerPlan) -> torch.Tensor | None:
+        """What the patterns' limits leave, bool [B, n, n]; they say nothing about text rows."""
+        found = [each.limit(self.tokens) for each in plan.limits]
+        return torch.stack(found).all(0) if found else None
 
 
 class RowLayer:
@@ -219,7 +242,7 @@ class RowLayer:
         slots = Slots.of(prefill, hidden_states)
         hidden = self.plan.enter(hidden_states, slots, prefill)
         normed = self.layer.input_layernorm(hidden)
-        if self.simulate:
+        if self.simulate and self.plan.own is None:
             return self._hide(hidden, normed, slots, kwargs)
         work = self.plan.work
         if work.attention == "full" and self.plan.pairs is None:
@@ -240,7 +263,7 @@ class RowLayer:
         packed = self.plan.work.attention != "full"
         scored = any(True for _ in call.asking(attention.layer_idx))
         every = scored or not packed  # whoever scores chooses among all rows
-        key, value = self.heads("k", normed), self.heads("v", normed)
+        key, value = self.heads("k", normed), self._values(normed, slots)
         query = self.heads("q", normed if every else slots.text_rows(normed))
         # rotated while rows are contiguous, which is several times faster than after the transposition
         query = self.rotate(query, rope if every else slots.text_rope(rope))
@@ -260,6 +283,14 @@ class RowLayer:
         repeat = query.shape[1] // value.shape[1]
         own = value if repeat == 1 else value.repeat_interleave(repeat, 1)
         return slots.put_text(own.transpose(1, 2).flatten(2), out)
+
+    def _values(self, normed: torch.Tensor, slots: Slots) -> torch.Tensor:
+        """Values [B, n, heads, d]; zeros of visual rows that give none."""
+        if self.plan.work.values:
+            return self.heads("v", normed)
+        value = self.heads("v", slots.text_rows(normed))
+        none = value.new_zeros(*normed.shape[:2], value[0, 0].numel())
+        return slots.put_text(none, value.flatten(2)).unflatten(2, value.shape[2:])
 
     def heads(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """x [B, n, D] -> queries, keys or values [B, n, heads, d], normed per head where the family does."""
@@ -292,15 +323,17 @@ class RowLayer:
     def _hide(self, hidden: torch.Tensor, normed: torch.Tensor, slots: Slots, kwargs: dict[str, Any]) -> torch.Tensor:
         """The same result by computing every row and masking: for accuracy studies and as a check."""
         work, stock = self.plan.work, kwargs.get("attention_mask")
-        pairs, visual = self.plan.pairs, slots.visual[..., None]
-        seen = slots.dense(pairs, text_only=False)
+        visual = slots.visual[..., None]
+        seen = slots.dense(self.plan, text_only=False)
         if work.attention != "full":
             itself = torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
             seen = torch.where(visual[:, None], itself, seen)
         if stock is not None and stock.shape[-1] > seen.shape[-1]:  # a static cache offers unwritten rows
             seen = F.pad(seen, (0, stock.shape[-1] - seen.shape[-1]))
         mask = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
-        update = self.layer.self_attn(hidden_states=normed, **{**kwargs, "attention_mask": mask})[0]
+        project, none = self.layer.self_attn.v_proj, partial(_without, slots.visual)
+        with nullcontext() if work.values else project.register_forward_hook(none):
+            update = self.layer.self_attn(hidden_states=normed, **{**kwargs, "attention_mask": mask})[0]
         if work.attention == "nothing":
             update = update.masked_fill(visual, 0.0)
         hidden = hidden + update
@@ -316,13 +349,15 @@ def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: Slots, plan: LayerPlan, scale: float
 ) -> torch.Tensor:
     """Attention of all rows, or of the text rows where visual rows ask nothing: [B, H, n or t, d]."""
+    if plan.own is not None:
+        return plan.own.attend(query, key, value, slots.tokens, scale)
     packed = plan.work.attention != "full"
     few = FEW_KEYS if plan.work.ffn else FEW_KEYS_IDLE
     if query.is_cuda and not slots.exact:  # nobody waits for launches
         few = 0
     if packed and key.shape[2] < few and key.shape[1] == query.shape[1]:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=slots.dense(plan.pairs), scale=scale)
-    out = grouped_attention(query, key, value, slots.layout(plan.pairs, packed, query), scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=slots.dense(plan), scale=scale)
+    out = grouped_attention(query, key, value, slots.layout(plan, packed, query), scale=scale)
     assert isinstance(out, torch.Tensor)
     return out
 
@@ -398,6 +433,10 @@ def check_layer(layer: Any, plan: LayerPlan, adapter: Adapter, flash: bool) -> N
             f"{name} computes something else than the usual decoder layer; its visual rows cannot be run apart."
         )
     _CHECKED.add(layer)
+
+
+def _without(visual: torch.Tensor, module: nn.Module, args: tuple[Any, ...], values: torch.Tensor) -> torch.Tensor:
+    return values.masked_fill(visual[..., None], 0.0)
 
 
 def _rotation(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:

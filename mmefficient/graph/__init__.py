@@ -92,6 +92,8 @@ def _refusal(executor: Executor) -> str | None:
         return "simulating removes no tokens"
     if executor.modulated:
         return "the plan changes what layers compute"
+    if not all(plan.recordable for plan in executor.planned.values()):
+        return "the plan treats visual rows as the programs do not"
     if executor.stream is not None:
         return "the plan runs a second stream"
     for method in executor.reducers:
