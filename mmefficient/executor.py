@@ -29,7 +29,8 @@ from mmefficient.points import LayerMethod, Method, Reducer, Scope
 from mmefficient.profiles import Checkpoint
 from mmefficient.prompt import HostFacts, PromptState
 from mmefficient.reduction import Prefill
-from mmefficient.rows import LayerPlan, RowLayer, check_layer
+from mmefficient.row_checks import check_layer
+from mmefficient.rows import LayerPlan, RowLayer
 from mmefficient.run import Run
 from mmefficient.tokens import TokenMap, build
 from mmefficient.view import Stream, View, matches, repeated, seen

@@ -55,10 +55,13 @@ def visual_savings(config: Any, rows: int, visual: int, work: VisualWork) -> int
     """FLOPs that `layer_flops` counts and a layer that does `work` for `visual` of its `rows` tokens does not compute.
 
     Rows that ask nothing save their query projection and their line of the attention square; without an update by
-    attention, the output projection too. Patterns that leave queries to visual rows count as the full square.
+    attention, the output projection too; without values, theirs. Patterns that leave queries to visual rows count as
+    the full square.
     """
     width, heads = config.hidden_size, config.num_attention_heads * head_size(config)
     saved = 2 * 3 * width * round(ffn_width(config) * (1 - work.ffn)) - 2 * work.extra
+    if not work.values:
+        saved += 2 * width * key_heads(config) * head_size(config)
     if work.attention != "full":
         saved += 2 * width * heads * (2 if work.attention == "nothing" else 1) + rows * pair_flops(config)
     return visual * saved

@@ -28,6 +28,7 @@ from mmefficient.kernels.grouped_attention.pattern import Pattern as Pairs
 if TYPE_CHECKING:
     from mmefficient.models.base import Adapter
     from mmefficient.profiles import Checkpoint
+    from mmefficient.tokens import TokenMap
 
 __all__ = [
     "EVERYTHING",
@@ -226,24 +227,27 @@ def _text(value: object) -> str:
 
 @dataclass(frozen=True)
 class VisualWork:
-    """What one layer computes for the rows of visual tokens; their keys and values it computes in any case.
+    """What one layer computes for the rows of visual tokens; their keys it computes in any case.
 
     Attributes:
         attention: "full" = like every row; "self" = each attends to itself with weight 1, so that no query is needed
             and the update is W_O W_V LN(x); "nothing" = no update by attention.
         ffn: share of the FFN's inner width that they pass through: 1 = all, 0 = no FFN.
         extra: multiply-accumulates per row that a method adds.
+        values: whether they give values; without, who sees their keys reads zeros there.
     """
 
     attention: Literal["full", "self", "nothing"] = "full"
     ffn: float = 1.0
     extra: int = 0
+    values: bool = True
 
     def __and__(self, other: VisualWork) -> VisualWork:
         """The less of both."""
         order = ("nothing", "self", "full")
         least = min(self.attention, other.attention, key=order.index)
-        return VisualWork(least, min(self.ffn, other.ffn), self.extra + other.extra)
+        extra, values = self.extra + other.extra, self.values and other.values
+        return VisualWork(least, min(self.ffn, other.ffn), extra, values)
 
 
 EVERYTHING = VisualWork()
@@ -309,3 +313,22 @@ class Pattern(LayerMethod):
     def pairs(self) -> Pairs:
         """The pairs in a layer that the method acts in."""
         raise NotImplementedError(f"{type(self).__name__} does not override pairs")
+
+    def limit(self, tokens: TokenMap) -> torch.Tensor:
+        """What is left of these pairs by a rule that no `Pairs` can say, bool [B, n, n] of which rows of visual tokens
+        count. Costs memory by the square; identity: everything.
+
+        Args:
+            tokens: the n slots that the layer holds.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not override limit")
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: TokenMap, scale: float
+    ) -> torch.Tensor:
+        """The attention itself, for a method that no pairs describe: [B, H, n, d].
+
+        Args:
+            query, key, value: [B, H, n, d] and [B, G, n, d] twice, rotated; tokens: the n slots; scale: on the logits.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not override attend")

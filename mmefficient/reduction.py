@@ -19,7 +19,7 @@ from mmefficient.vision import Tower
 
 if TYPE_CHECKING:
     from mmefficient.blind import Blind
-    from mmefficient.rows import Slots
+    from mmefficient.slots import Slots
 
 
 class Prefill:

@@ -93,6 +93,8 @@ def _refusal(executor: Executor) -> str | None:
     for modulation in {each for found in executor.modulated.values() for each in found}:
         if not modulation.recordable:
             return f"{modulation.name} cannot be recorded"
+    if not all(plan.recordable for plan in executor.planned.values()):
+        return "the plan treats visual rows as the programs do not"
     if executor.stream is not None:
         return "the plan runs a second stream"
     for method in executor.reducers:

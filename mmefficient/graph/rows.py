@@ -11,7 +11,8 @@ from mmefficient.graph.block import Attend, feed, mix, product
 from mmefficient.kernels.rms_norm import rms_norm
 from mmefficient.kernels.rope_store import rope_store
 from mmefficient.reduction import Prefill
-from mmefficient.rows import LayerPlan, Slots, attend, narrowed
+from mmefficient.rows import LayerPlan, attend, narrowed
+from mmefficient.slots import Slots
 
 Score = Callable[[torch.Tensor, torch.Tensor, float], None]
 """Hands on the attention of some rows: rotated queries of all rows [B, Hq, N, D], keys [B, Hkv, N, D], scale."""

@@ -22,6 +22,7 @@ from mmefficient.errors import ModelError
 from mmefficient.methods.rows.saisa import PROJECTORS
 
 VARIANTS = Path(__file__).parent / "variants"
+WEIGHTS = "delta.safetensors"
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -75,9 +76,23 @@ def save(model: Any, folder: Path, scale: float = 1.0, **facts: Any) -> None:
         found |= {f"model.{PROJECTORS}.{n}": p for n, p in getattr(model.model, PROJECTORS).named_parameters()}
     folder.mkdir(parents=True, exist_ok=True)
     small = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in found.items()}
-    save_file(small, folder / "delta.safetensors")
+    save_file(small, folder / WEIGHTS)
     facts = {"base": "reference", **facts, "command": shlex.join(sys.argv)}
     (folder / "delta.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def resume(model: Any, folder: Path) -> None:
+    """Give what `attach` added the numbers of a delta of the same plan.
+
+    Raises:
+        ModelError: the delta has other parts.
+    """
+    found, added = load_file(folder / WEIGHTS), {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if found.keys() != added.keys() or any(found[name].shape != p.shape for name, p in added.items()):
+        raise ModelError(f"the delta at {folder} has other parts than this plan trains; use another folder.")
+    with torch.no_grad():
+        for name, parameter in added.items():
+            parameter.copy_(found[name])
 
 
 def load(model: Any, folder: Path) -> None:
@@ -86,12 +101,12 @@ def load(model: Any, folder: Path) -> None:
     Raises:
         ModelError: it is not there, or belongs to another model.
     """
-    if not (folder / "delta.safetensors").is_file():
-        known = sorted(path.parent.name for path in VARIANTS.glob("*/delta.safetensors"))
+    if not (folder / WEIGHTS).is_file():
+        known = sorted(path.parent.name for path in VARIANTS.glob(f"*/{WEIGHTS}"))
         raise ModelError(
             f"there is no delta at {folder}; the reference model comes with: {', '.join(known) or 'none'}."
         )
-    found = load_file(folder / "delta.safetensors")
+    found = load_file(folder / WEIGHTS)
     if any(name.startswith(f"model.{PROJECTORS}.") for name in found):
         setattr(model.model, PROJECTORS, _projectors(model).requires_grad_(False).eval())
     parameters = dict(model.named_parameters())

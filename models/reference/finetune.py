@@ -62,6 +62,8 @@ def run(
 ) -> None:
     """Train for `steps` steps, or until `minutes` have passed, of which the last `decay` share lowers the rate.
 
+    The minutes count from the end of the first step, which compiles. A delta in `out` is where training starts from.
+
     Args:
         single: one question per picture, as plans whose visual rows see the question need in any case.
     """
@@ -71,12 +73,16 @@ def run(
     model: Any = AutoModelForImageTextToText.from_pretrained(path(), dtype=torch.float32).to(target)
     projectors = any(getattr(method, "sources", False) for method in plan.methods)
     trained = adapt.attach(model, 4 if projectors else RANK, ATTENTION if projectors else adapt.ALL, projectors)
+    if (out / adapt.WEIGHTS).is_file():
+        adapt.resume(model, out)
     single = single or not plan.reusable
     data = Batches(processor, batch_size, seed + 2_000_003, single=single)
     dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
     objective = Objective(model, processor, data, load_atlas(str(target)), dtype, layer_plans(plan, model))
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-    forward = torch.compile(objective.answer_loss) if compile_model else objective.answer_loss
+    if compile_model:  # layer by layer: equal ones share what is compiled
+        for layer in objective.layers:
+            layer.compile()
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     clock = 0.0
@@ -86,13 +92,15 @@ def run(
         passed = max((step + 1) / steps, clock)
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / 50, 1.0, max(0.0, 1 - passed) / decay)
-        losses = forward(batch)
+        losses = objective.answer_loss(batch)
         losses["answer"].backward()
         losses["gradient"] = nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach()
+        if not step:
+            began = time.monotonic()
         clock = (time.monotonic() - began) / (60 * minutes)
         last = clock >= 1 or step + 1 == steps
         if last or (step + 1) % LOG_EVERY == 0:

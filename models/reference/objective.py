@@ -102,6 +102,12 @@ class Objective(nn.Module):
         made = {kind: self._planned_mask(plan) for kind, plan in kinds.items()}
         self.planned_masks = {index: made[plan.work, plan.pairs] for index, plan in self.plans.items()}
 
+    @property
+    def layers(self) -> list[Any]:
+        """Layers of the tower and of the decoder."""
+        tower = self.model.model.vision_tower
+        return [*getattr(tower, "vision_model", tower).encoder.layers, *self.model.model.language_model.layers]
+
     def truth(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Per patch: dense label and class [B, P] and offset to the object's centre in units of 4 patches [B, P, 2]."""
         index = torch.arange(MAX_LAYERS, device=batch["layers"].device, dtype=torch.int32)

@@ -39,6 +39,11 @@ PLANS = [
     "fastv(layer=2,keep=0.5)+window2d(radius=1,bidirectional=True)",
     "exit(layer=2)+composite",
     "yopo(exit=3,radius=1)",
+    "gna(window=3)",
+    "fastv(layer=2,keep=0.5)+gna(window=2,stride=2,bidirectional=True)+composite(layers=(0,))",
+    "psa(levels=(0,0.4,0.3,0),block=8)",
+    "layer_drop(from_layer=2)",
+    "random(keep=0.6)+layer_drop(from_layer=1)",
 ]
 CASES = [(f, p) for f in tiny.FAMILIES for p in PLANS if f != "qwen2_5_vl" or "saisa" not in p]
 

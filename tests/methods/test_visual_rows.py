@@ -125,31 +125,58 @@ def test_modality_mutual(case: dict[str, Any]) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("both", [True, False])
-def test_window(both: bool) -> None:
-    """One complete 4 x 4 grid: a square around each token, and the text before."""
-    model = tiny.build("llava")
-    inputs = tiny.collate("llava", [tiny.prompt("llava", 1, 3, 5)])
-    embeds, position = decoder_inputs(model, inputs)
+Place = tuple[int, ...]
+
+
+def places(case: dict[str, Any]) -> dict[int, Place]:
+    """Image, view, row and column of every visual token, by its position in the prompt."""
+    report = applied(case["model"], case["inputs"], "composite")[1]
+    return dict(zip(sorted(case["visual"]), map(tuple, report.places[0].tolist()), strict=True))
+
+
+def near(place: dict[int, Place], both: bool, close: Callable[[Place, Place], bool]) -> Rule:
+    """Visual tokens of one view see each other if `close`; of other views, or later unless `both`, they see none."""
 
     def sees(i: int, j: int) -> bool:
-        if not (3 <= i < 19 and 3 <= j < 19):
+        if i not in place or j not in place:
             return j <= i
-        (a, b), (c, d) = divmod(i - 3, 4), divmod(j - 3, 4)
-        return abs(a - c) <= 1 and abs(b - d) <= 1 and (both or j <= i)
+        return place[i][:2] == place[j][:2] and (both or j <= i) and close(place[i], place[j])
 
-    expected = recompute(model, embeds, position, sees, ALL)
-    found = applied(model, inputs, f"window2d(radius=1,bidirectional={both})")[0]
+    return sees
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_window(case: dict[str, Any], both: bool) -> None:
+    sees = near(places(case), both, lambda a, b: max(abs(a[2] - b[2]), abs(a[3] - b[3])) <= 1)
+    expected = recompute(case["model"], case["embeds"], case["position"], sees, ALL)
+    found = applied(case["model"], case["inputs"], f"window2d(radius=1,bidirectional={both})")[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_block_images() -> None:
-    model = tiny.build("llava")
-    inputs = tiny.collate("llava", [tiny.prompt("llava", 2, 3, 5)])
-    embeds, position = decoder_inputs(model, inputs)
-    first, second = visual_columns(model, inputs["input_ids"][0], embeds[0])
-    expected = recompute(model, embeds, position, lambda i, j: j <= i and not (i in second and j in first), ALL)
-    torch.testing.assert_close(applied(model, inputs, "block_images")[0], expected, rtol=0, atol=1e-5)
+@pytest.mark.parametrize(("width", "stride", "both"), [(3, 1, False), (3, 1, True), (2, 2, False), (4, 2, True)])
+def test_gna(case: dict[str, Any], width: int, stride: int, both: bool) -> None:
+    """Along each axis, a window around the leader of the token's group, shifted to stay inside the view's grid."""
+    place = places(case)
+
+    def within(axis: int, a: Place, b: Place) -> bool:
+        length = 1 + max(other[axis] for other in place.values() if other[:2] == a[:2])
+        leader = min(a[axis] // stride * stride + stride // 2, length - 1)
+        first = max(0, min(leader - width // 2, length - width))
+        return first <= b[axis] < first + width
+
+    sees = near(place, both, lambda a, b: within(2, a, b) and within(3, a, b))
+    expected = recompute(case["model"], case["embeds"], case["position"], sees, ALL)
+    plan = f"gna(window={width},stride={stride},bidirectional={both})"
+    for mode in ("apply", "simulate"):
+        with Plan(plan).apply(case["model"], mode=mode), torch.no_grad():  # type: ignore[arg-type]
+            found = case["model"](**case["inputs"]).logits[0, -1]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_block_images(case: dict[str, Any]) -> None:
+    sees = near(places(case), False, lambda a, b: True)
+    expected = recompute(case["model"], case["embeds"], case["position"], sees, ALL)
+    torch.testing.assert_close(applied(case["model"], case["inputs"], "block_images")[0], expected, rtol=0, atol=1e-5)
 
 
 def test_shortv_freezes_rows(case: dict[str, Any]) -> None:
@@ -161,6 +188,26 @@ def test_shortv_freezes_rows(case: dict[str, Any]) -> None:
     expected = recompute(case["model"], case["embeds"], case["position"], lambda i, j: j <= i, ALL, step)
     found = applied(case["model"], case["inputs"], "shortv(layers=(0, 2))")[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_layer_drop_reads_nothing_but_counts(case: dict[str, Any]) -> None:
+    """From layer 2 on the masked re-computation has values of zero for visual tokens, whose rows stand still."""
+    at = torch.tensor(sorted(case["visual"]))
+
+    def step(number: int, layer: Any, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return after.index_copy(1, at, before[:, at]) if number >= 2 else after
+
+    def empty(module: nn.Module, args: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.index_fill(1, at, 0.0)
+
+    hooks = [layer.self_attn.v_proj.register_forward_hook(empty) for layer in case["model"].get_decoder().layers[2:]]
+    expected = recompute(case["model"], case["embeds"], case["position"], lambda i, j: j <= i, ALL, step)
+    for hook in hooks:
+        hook.remove()
+    for mode in ("apply", "simulate"):
+        with Plan("layer_drop(from_layer=2)").apply(case["model"], mode=mode), torch.no_grad():  # type: ignore[arg-type]
+            found = case["model"](**case["inputs"]).logits[0, -1]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -235,6 +282,7 @@ def test_flops_by_hand() -> None:
         "shortv(layers=(1, 2))": 2 * full + 2 * layer(text, text, text),
         "skip_ffn(layers=(0,))": 3 * full + layer(rows, rows, text),
         "thin_ffn(ratio=2.0)": 4 * layer(rows, rows, text + visual / 2),
+        "layer_drop(from_layer=3)": 3 * full + layer(text, text, text) - visual * kv // 2,
         "saisa": 4 * (layer(text, text, text) + visual * projector),
         "window2d": 4 * full,
     }

@@ -1,4 +1,4 @@
-"""Pyramid sparse attention (Li et al., 2025): the less a block of keys matters to a block of rows, the coarser it is."""
+"""Pyramid sparse attention (Li et al., 2025): keys are the coarser the less they matter to a block of rows."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class PSA(Pattern):
         Args:
             query, key: of the visual tokens, [H, N, d]; block: int64 [N], which block each is in.
         """
-        count, place = int(block[-1]) + 1, torch.arange(len(block), device=block.device)
+        count, place = -(-len(block) // self.block), torch.arange(len(block), device=block.device)
         logits = (query @ key.transpose(1, 2)).float() * scale
         looked = ((place + place[:, None]) % DIAGONALS == 0) & (place <= place[:, None])
         spread = logits.masked_fill(~looked, UNSEEN).softmax(-1).nan_to_num(0.0)
@@ -105,7 +105,7 @@ class PSA(Pattern):
         sums = spread.new_zeros(len(query), count, count).index_add_(2, block, sums)
         mine = torch.arange(count, device=block.device)
         ranked = (mine < mine[:, None]) & (mine > 0)  # neither later, nor the own, nor the first
-        order = sums.masked_fill(~ranked, -1.0).argsort(-1, descending=True, stable=True).argsort(-1)
+        order = sums.masked_fill(~ranked, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         found = torch.zeros_like(order)
         limits, total = [math.fsum(self.levels[: i + 1]) for i in range(len(LEVELS))], ranked.sum(-1)[:, None]
         for size, limit in reversed(list(zip(LEVELS, limits, strict=True))):
