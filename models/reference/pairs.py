@@ -1,0 +1,162 @@
+"""Sentence-level preference pairs, bootstrapped from scenes: what a model says next, verified against the truth.
+
+After SENTINEL (Peng et al., ICCV 2025, arXiv 2507.12455), section 3. Captions here are one sentence, so the unit is a
+phrase with the mark before it: "a dog | , two cats | and a bus | .". From every context several next units are sampled.
+One that names an object with its number, both right and not yet named, is factual; one that names an object that is not
+there is hallucinated; whatever else is uncertain, and ignored. Factual and hallucinated units make pairs, and the
+context grows by a factual one until the caption ends.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaProcessor
+
+from mmefficient.sentences import PHRASES, Units
+
+from .data import prefix_ids
+from .scenes.catalogue import OBJECTS
+from .scenes.questions import CAPTION, NUMBERS
+from .scenes.render import Atlas, render
+from .scenes.sample import Dice, Scene, sample_scene, scene_tensors
+
+NEW_TOKENS = 9  # the longest phrase, and the mark after it
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two ways to go on from `context`; all but `scene` (its number) and `question` are token ids."""
+
+    scene: int
+    question: str
+    context: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> Pair:
+        """The inverse of `asdict`, also after JSON."""
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()})
+
+
+def scene_of(seed: int, index: int) -> Scene:
+    """Training scene `index`; half of them break the themes."""
+    dice = Dice(f"sentinel/{seed}/{index}")
+    return sample_scene(dice, counterfactual=dice.chance(0.5))
+
+
+@lru_cache
+def phrases() -> dict[str, tuple[int, int]]:
+    """Every phrase of captions, and the class and number it states."""
+    found = {}
+    for index, cls in enumerate(OBJECTS):
+        found[cls.indefinite] = index, 1
+        found |= {f"{word} {cls.plural}": (index, n) for n, word in enumerate(NUMBERS) if n > 1}
+    return found
+
+
+def stated(text: str) -> tuple[int, int] | None:
+    """The class and the number that a unit states, if it is a phrase of captions."""
+    text = text.strip()
+    mark = next((mark for mark in PHRASES if text.startswith(f"{mark} ")), "")
+    return phrases().get(text.removeprefix(mark).strip())
+
+
+def verdict(text: str, said: Collection[int], scene: Scene) -> bool | None:
+    """Whether a unit is factual (True) or hallucinated (False) after the classes in `said`; None is uncertain.
+
+    A full stop is factual where every object of the scene has been named: a truth that detectors do not give, and
+    without which no pair would teach a caption to end.
+    """
+    if text.strip() == ".":
+        return True if set(said) == set(scene.classes) else None
+    found = stated(text)
+    if found is None:
+        return None
+    cls, number = found
+    if cls not in scene.classes:
+        return False
+    return True if cls not in said and len(scene.classes[cls]) == number else None
+
+
+class Bootstrap:
+    """Samples units from a model and verifies them.
+
+    Args:
+        model: stock, in evaluation mode; samples: units per context; temperature: they are drawn at.
+    """
+
+    def __init__(
+        self, model: Any, processor: LlavaProcessor, atlas: Atlas, seed: int, samples: int, temperature: float
+    ) -> None:
+        self.model, self.tokenizer, self.atlas, self.seed = model, processor.tokenizer, atlas, seed
+        self.samples, self.temperature = samples, temperature
+        self.prefix, self.units = prefix_ids(processor), Units(processor.tokenizer)
+        image = processor.image_processor
+        self.mean, self.std = (
+            torch.tensor(values, device=model.device).view(1, 3, 1, 1) * 255
+            for values in (image.image_mean, image.image_std)
+        )
+
+    def pairs(self, indices: Sequence[int]) -> list[Pair]:
+        """Pairs from these scenes, a function of the seed and of `indices`."""
+        torch.manual_seed(self.seed * 1_000_003 + indices[0])
+        scenes = [scene_of(self.seed, index) for index in indices]
+        layers, background = scene_tensors(scenes)
+        raw = render(layers.to(self.model.device), background.to(self.model.device), self.atlas)
+        pixels = ((raw.float() - self.mean) / self.std).to(self.model.dtype)
+        asked = [Dice(f"sentinel/{self.seed}/{index}/question").pick(CAPTION) for index in indices]
+        contexts: list[tuple[int, ...]] = [() for _ in indices]
+        said: list[list[int]] = [[] for _ in indices]
+        live, found = [row for row, scene in enumerate(scenes) if scene.classes], []
+        while live:
+            drawn = self._sample(pixels[live], [asked[row] for row in live], [contexts[row] for row in live])
+            going = []
+            for row, units in zip(live, drawn, strict=True):
+                judged = {unit: verdict(self.tokenizer.decode(unit), said[row], scenes[row]) for unit in units}
+                factual = [unit for unit in units if judged[unit] is True]
+                for good, bad in zip(factual, (u for u in units if judged[u] is False), strict=False):
+                    found.append(Pair(indices[row], asked[row], contexts[row], good, bad))
+                named = stated(self.tokenizer.decode(factual[0])) if factual else None
+                if named is not None:
+                    contexts[row] += factual[0]
+                    said[row].append(named[0])
+                    going.append(row)
+            live = going
+        return found
+
+    @torch.no_grad()
+    def _sample(
+        self, pixels: Tensor, asked: Sequence[str], contexts: Sequence[Sequence[int]]
+    ) -> list[list[tuple[int, ...]]]:
+        """Of every row its different next units, the most frequent first."""
+        questions = self.tokenizer([f"{each} ASSISTANT:" for each in asked], add_special_tokens=False).input_ids
+        rows = [[*self.prefix, *q, *context] for q, context in zip(questions, contexts, strict=True)]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        out = self.model.generate(
+            input_ids=ids.to(pixels.device),
+            attention_mask=mask.to(pixels.device),
+            pixel_values=pixels,
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=self.samples,
+            max_new_tokens=NEW_TOKENS,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        drawn = []
+        for group in out[:, longest:].view(len(rows), self.samples, -1).tolist():
+            ends = [(new, self.units.first(new)) for new in group]
+            counted = Counter(tuple(new[:end]) for new, end in ends if end is not None)
+            drawn.append([unit for unit, _ in sorted(counted.items(), key=lambda one: (-one[1], one[0]))])
+        return drawn
