@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,15 @@ class Stored:
     cache: DynamicCache
     seen: Tensor
     position: Tensor
+
+    @classmethod
+    def of(cls, model: Any, inputs: Mapping[str, Any]) -> tuple[Stored, Tensor]:
+        """Read prompts padded on the left; also the logits float32 [B, V] of what follows them."""
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        seen = inputs["attention_mask"].bool()
+        place = (seen.long().cumsum(1) - 1).clamp(min=0)
+        out = model(**inputs, position_ids=place, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cls(model, cache, seen, seen.sum(1)), out.logits[:, -1].float()
 
     def fork(self, rows: Tensor, seen: Tensor | None = None) -> Stored:
         """A copy of some rows (int64 [R], repeats allowed); `seen` bool [R, n] keeps the first n columns only."""

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from mmefficient.errors import InputError, ModelError
 from mmefficient.forks import Stored, padded
@@ -92,12 +91,12 @@ def verify_sentences(
         raise ModelError("units are forked by plain position ids; this family's are (time, height, width) triplets.")
     if "_mmefficient_executor" in vars(adapter.base):
         raise ModelError("verify_sentences forks a stock cache; leave the plan first.")
-    return _Decoding(model, processor, inputs, objects, verify, Units(processor.tokenizer, marks), width).run(
+    return Decoding(model, processor, inputs, objects, verify, Units(processor.tokenizer, marks), width).run(
         max_new_tokens
     )
 
 
-class _Decoding:
+class Decoding:
     """One batch on its way."""
 
     def __init__(
@@ -113,37 +112,35 @@ class _Decoding:
         self.tokenizer, self.objects, self.verify, self.width = processor.tokenizer, objects, verify, width
         stop = model.generation_config.eos_token_id
         self.stop = {stop} if isinstance(stop, int) else set(stop or ())
-        ids, seen = inputs["input_ids"], inputs["attention_mask"].bool()
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        place = (seen.long().cumsum(1) - 1).clamp(min=0)
-        out = model(**inputs, position_ids=place, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self.next = out.logits[:, -1].float()  # of every row, after what it has committed
+        self.stored, self.next = Stored.of(model, inputs)  # logits of every row, after what it has committed
         self.begins = torch.zeros(self.next.shape[1], dtype=torch.bool, device=model.device)
         self.begins[: len(units.begins)] = units.begins.to(model.device)
         self.begins[list(self.stop)] = True
-        self.stored = Stored(model, cache, seen, seen.sum(1))
-        image = ids == adapter_for(model).placeholders["image"]
+        image = inputs["input_ids"] == adapter_for(model).placeholders["image"]
         behind = image.long().flip(1).cumsum(1).flip(1) > 0
-        self.prompts = Prompts(self.stored, seen & behind)
+        self.prompts = Prompts(self.stored, self.stored.seen & behind)
         self.rows = [Verified() for _ in range(len(ids))]
 
     def run(self, most: int) -> list[Verified]:
         while live := [row for row, each in enumerate(self.rows) if not self.over(row) and len(each.ids) < most]:
-            units = self.propose(live)
-            failed = self.failed([(row, units[row]) for row in live])
-            again = []
-            for number, row in enumerate(live):
-                if number in failed:
-                    self.rows[row].rejected.append(units[row])
-                    again.append(row)
-                else:
-                    self.rows[row].ids += units[row]
-            if again:
-                self.replace(again)
+            self.advance(live)
         for row, each in enumerate(self.rows):
             each.finished = len(each.ids) < most and self.over(row)
             del each.ids[most:]
         return self.rows
+
+    def advance(self, live: Sequence[int]) -> None:
+        """Commit one unit of every live row."""
+        units, again = self.propose(live), []
+        failed = self.failed([(row, units[row]) for row in live])
+        for number, row in enumerate(live):
+            if number in failed:
+                self.rows[row].rejected.append(units[row])
+                again.append(row)
+            else:
+                self.rows[row].ids += units[row]
+        if again:
+            self.replace(again)
 
     def over(self, row: int) -> bool:
         """Whether the answer of this row ends where it is."""

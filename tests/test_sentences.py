@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import mmefficient as mm
 from mmefficient.errors import InputError, ModelError
 from mmefficient.forks import Stored, padded
-from mmefficient.sentences import Units, verify_sentences
+from mmefficient.sentences import Decoding, Units, verify_sentences
 from mmefficient.verifiers import Probe, Prompts
 from mmefficient.vlm import user_message
 from tests.tiny import IMAGE, build
@@ -51,6 +51,12 @@ def case(request: pytest.FixtureRequest) -> Case:
 def stock(model: Any, inputs: Any, most: int) -> list[list[int]]:
     out = model.generate(**inputs, max_new_tokens=most, do_sample=False)
     return out[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def one(inputs: Any, row: int, ids: torch.Tensor) -> dict[str, Any]:
+    """Inputs of other ids [S] after the pictures of one row."""
+    pictures = {name: value[row : row + 1] for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
+    return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None]), **pictures}
 
 
 def words(text: str) -> list[str]:
@@ -104,8 +110,8 @@ def oracle(absent: set[str]) -> Callable[[Prompts, Sequence[tuple[int, str]]], l
 
 def test_what_is_not_there_is_never_said(case: Case) -> None:
     model, own, inputs = case
-    said = [words(own.tokenizer.decode(ids)) for ids in stock(model, inputs, 24)]
-    absent = {said[0][0], said[1][-1], said[0][-1]}
+    said = [word for ids in stock(model, inputs, 24) for word in words(own.tokenizer.decode(ids))]
+    absent = {said[0], said[-1]}
     found = verify_sentences(model, own, inputs, objects=words, verify=oracle(absent), marks=MARKS, width=4,
                              max_new_tokens=24)  # fmt: skip
     texts = [own.tokenizer.decode(each.ids) for each in found]
@@ -118,8 +124,8 @@ def test_what_is_not_there_is_never_said(case: Case) -> None:
 
 def test_a_batch_answers_row_by_row(case: Case) -> None:
     model, own, inputs = case
-    said = [words(own.tokenizer.decode(ids)) for ids in stock(model, inputs, 24)]
-    options: Any = {"objects": words, "verify": oracle({said[0][-1], said[1][0]}), "marks": MARKS, "max_new_tokens": 20}
+    said = [word for ids in stock(model, inputs, 24) for word in words(own.tokenizer.decode(ids))]
+    options: Any = {"objects": words, "verify": oracle({said[0], said[-1]}), "marks": MARKS, "max_new_tokens": 20}
     together = verify_sentences(model, own, inputs, **options)
     for row, question in enumerate(("what is it?", "how many dogs and cats are in the picture")):
         turn = [[user_message([PICTURES[row].convert("RGB")], question)]]
@@ -129,27 +135,21 @@ def test_a_batch_answers_row_by_row(case: Case) -> None:
         assert verify_sentences(model, own, alone, **options) == [together[row]]
 
 
-def test_after_a_rejection_the_text_goes_on_as_from_a_prompt_that_holds_it(case: Case) -> None:
-    """The keys and values of what was committed are those of reading it, with no trace of what was rejected."""
+def test_what_comes_next_is_what_a_recomputation_says(case: Case) -> None:
+    """After every commit, greedy or in place of a rejected unit, the logits are those of reading all of it at once."""
     model, own, inputs = case
-    said = [words(own.tokenizer.decode(ids)) for ids in stock(model, inputs, 24)]
-    found = verify_sentences(model, own, inputs, objects=words, verify=oracle({said[0][0]}), marks=MARKS,
-                             max_new_tokens=24)  # fmt: skip
-    row = next(n for n, each in enumerate(found) if each.rejected and not each.cut)
-    units, ids = Units(own.tokenizer, MARKS), found[row].ids
-    first = units.first(ids)
-    assert first is not None
-    alone = inputs_of(own)
-    own_rows = {
-        "input_ids": torch.cat([alone["input_ids"][row : row + 1], torch.tensor([ids[:first]])], 1),
-        "attention_mask": torch.cat(
-            [alone["attention_mask"][row : row + 1], torch.ones(1, first, dtype=torch.long)], 1
-        ),
-    }
-    pictures = {name: value[row : row + 1] for name, value in alone.items() if name in ("pixel_values", "image_sizes")}
-    again = verify_sentences(model, own, {**own_rows, **pictures}, objects=words, verify=oracle({said[0][0]}),
-                             marks=MARKS, max_new_tokens=24 - first)  # fmt: skip
-    assert again[0].ids == ids[first:]
+    said = [word for ids in stock(model, inputs, 24) for word in words(own.tokenizer.decode(ids))]
+    units, compared = Units(own.tokenizer, MARKS), 0
+    with torch.no_grad():
+        decoding = Decoding(model, own, inputs, words, oracle({said[0], said[-1]}), units, 3)
+        for _ in range(5):
+            decoding.advance([row for row, each in enumerate(decoding.rows) if not each.cut])
+            for row, each in enumerate(decoding.rows):
+                ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+                full = model(**one(inputs, row, torch.cat([ids, torch.tensor(each.ids, dtype=torch.long)])))
+                torch.testing.assert_close(decoding.next[row], full.logits[0, -1], rtol=0, atol=2e-5)
+                compared += bool(each.rejected)
+    assert compared
 
 
 def test_a_fork_equals_recomputation(case: Case) -> None:
@@ -172,11 +172,8 @@ def test_a_fork_equals_recomputation(case: Case) -> None:
         wanted = [[5, 6, 7, 11], [8, 12], [13]]
         for n, row in enumerate(rows.tolist()):
             ids = inputs["input_ids"][row][seen[row]]
-            longer = torch.cat([ids, torch.tensor(wanted[n])])[None]
-            pictures = {
-                name: value[row : row + 1] for name, value in inputs.items() if name in ("pixel_values", "image_sizes")
-            }
-            full = model(input_ids=longer, attention_mask=torch.ones_like(longer), **pictures).logits[0, -1]
+            longer = torch.cat([ids, torch.tensor(wanted[n])])
+            full = model(**one(inputs, row, longer)).logits[0, -1]
             torch.testing.assert_close(got[n], full, rtol=0, atol=2e-5)
     assert stored.seen.shape[1] == seen.shape[1] == cache.get_seq_length()
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaProcessor
 
+from mmefficient.forks import Stored, padded
 from mmefficient.sentences import PHRASES, Units
 
 from .data import prefix_ids
@@ -105,20 +106,19 @@ class Bootstrap:
             for values in (image.image_mean, image.image_std)
         )
 
+    @torch.no_grad()
     def pairs(self, indices: Sequence[int]) -> list[Pair]:
         """Pairs from these scenes, a function of the seed and of `indices`."""
         torch.manual_seed(self.seed * 1_000_003 + indices[0])
         scenes = [scene_of(self.seed, index) for index in indices]
-        layers, background = scene_tensors(scenes)
-        raw = render(layers.to(self.model.device), background.to(self.model.device), self.atlas)
-        pixels = ((raw.float() - self.mean) / self.std).to(self.model.dtype)
         asked = [Dice(f"sentinel/{self.seed}/{index}/question").pick(CAPTION) for index in indices]
+        stored, following = Stored.of(self.model, self._prompts(scenes, asked))
         contexts: list[tuple[int, ...]] = [() for _ in indices]
         said: list[list[int]] = [[] for _ in indices]
         live, found = [row for row, scene in enumerate(scenes) if scene.classes], []
         while live:
-            drawn = self._sample(pixels[live], [asked[row] for row in live], [contexts[row] for row in live])
-            going = []
+            drawn = self._sample(stored, following, torch.tensor(live, device=following.device))
+            grown: dict[int, tuple[int, ...]] = {}
             for row, units in zip(live, drawn, strict=True):
                 judged = {unit: verdict(self.tokenizer.decode(unit), said[row], scenes[row]) for unit in units}
                 factual = [unit for unit in units if judged[unit] is True]
@@ -126,37 +126,44 @@ class Bootstrap:
                     found.append(Pair(indices[row], asked[row], contexts[row], good, bad))
                 named = stated(self.tokenizer.decode(factual[0])) if factual else None
                 if named is not None:
+                    grown[row] = factual[0]
                     contexts[row] += factual[0]
                     said[row].append(named[0])
-                    going.append(row)
-            live = going
+            live = list(grown)
+            if live:
+                ids, used = padded([grown.get(row, ()) for row in range(len(indices))], following.device)
+                logits, at = stored.read(ids, used), torch.tensor(live, device=following.device)
+                following[at] = logits[at, used[at].sum(1) - 1]
         return found
 
-    @torch.no_grad()
-    def _sample(
-        self, pixels: Tensor, asked: Sequence[str], contexts: Sequence[Sequence[int]]
-    ) -> list[list[tuple[int, ...]]]:
-        """Of every row its different next units, the most frequent first."""
+    def _prompts(self, scenes: Sequence[Scene], asked: Sequence[str]) -> dict[str, Tensor]:
+        """Model inputs, padded on the left."""
+        device = self.model.device
+        layers, background = scene_tensors(scenes)
+        raw = render(layers.to(device), background.to(device), self.atlas)
         questions = self.tokenizer([f"{each} ASSISTANT:" for each in asked], add_special_tokens=False).input_ids
-        rows = [[*self.prefix, *q, *context] for q, context in zip(questions, contexts, strict=True)]
-        longest = max(map(len, rows))
-        ids = torch.tensor([[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        out = self.model.generate(
-            input_ids=ids.to(pixels.device),
-            attention_mask=mask.to(pixels.device),
-            pixel_values=pixels,
-            do_sample=True,
-            temperature=self.temperature,
-            top_k=0,
-            top_p=1.0,
-            num_return_sequences=self.samples,
-            max_new_tokens=NEW_TOKENS,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        longest = max(map(len, questions))
+        ids = [[self.tokenizer.pad_token_id] * (longest - len(q)) + self.prefix + q for q in questions]
+        mask = [[0] * (longest - len(q)) + [1] * (len(self.prefix) + len(q)) for q in questions]
+        return {
+            "input_ids": torch.tensor(ids, device=device),
+            "attention_mask": torch.tensor(mask, device=device),
+            "pixel_values": ((raw.float() - self.mean) / self.std).to(self.model.dtype),
+        }
+
+    def _sample(self, stored: Stored, following: Tensor, rows: Tensor) -> list[list[tuple[int, ...]]]:
+        """Of each of these rows its different next units, the most frequent first."""
+        many = rows.repeat_interleave(self.samples)
+        fork, logits, new = stored.fork(many), following[many], torch.empty(len(many), 0, dtype=torch.long)
+        for _ in range(NEW_TOKENS):
+            token = (logits / self.temperature).softmax(-1).multinomial(1)
+            new = torch.cat([new, token.cpu()], 1)
+            if bool(self.units.begins[new[:, 1:]].any(1).all()):
+                break
+            logits = fork.read(token, torch.ones_like(token, dtype=torch.bool))[:, -1]
         drawn = []
-        for group in out[:, longest:].view(len(rows), self.samples, -1).tolist():
-            ends = [(new, self.units.first(new)) for new in group]
-            counted = Counter(tuple(new[:end]) for new, end in ends if end is not None)
+        for group in new.view(len(rows), self.samples, -1).tolist():
+            ends = [(ids, self.units.first(ids)) for ids in group]
+            counted = Counter(tuple(ids[:end]) for ids, end in ends if end is not None)
             drawn.append([unit for unit, _ in sorted(counted.items(), key=lambda one: (-one[1], one[0]))])
         return drawn

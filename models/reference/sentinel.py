@@ -37,7 +37,7 @@ BASE = "reference+biased"
 RANK = 16
 BRANCH = 80  # tokens per branch: question, context and one more unit
 UNIT = 16  # tokens of one unit
-SCENES = 32  # sampled from together
+SCENES = 128  # sampled from together
 LOG_EVERY = 10
 
 
