@@ -119,7 +119,7 @@ class Decoding:
         image = inputs["input_ids"] == adapter_for(model).placeholders["image"]
         behind = image.long().flip(1).cumsum(1).flip(1) > 0
         self.prompts = Prompts(self.stored, self.stored.seen & behind)
-        self.rows = [Verified() for _ in range(len(ids))]
+        self.rows = [Verified() for _ in inputs["input_ids"]]
 
     def run(self, most: int) -> list[Verified]:
         while live := [row for row, each in enumerate(self.rows) if not self.over(row) and len(each.ids) < most]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Pair:
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()})
 
 
+@cache
 def scene_of(seed: int, index: int) -> Scene:
     """Training scene `index`; half of them break the themes."""
     dice = Dice(f"sentinel/{seed}/{index}")

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +58,12 @@ def unit_logp(logits: Tensor, labels: Tensor) -> Tensor:
     return (logp * (labels >= 0)).view(len(labels), 2, -1).sum(2)
 
 
+@lru_cache
+def order(seed: int, epoch: int, count: int) -> list[int]:
+    """In which order the pairs of an epoch are seen."""
+    return Dice(f"pairs/{seed}/{epoch}").shuffled(range(count))
+
+
 class PairBatches(Batches):
     """Batches of pairs: the picture once, and behind it two branches that do not see each other."""
 
@@ -67,10 +74,8 @@ class PairBatches(Batches):
     def numbers(self, step: int) -> list[int]:
         """Which pairs make up a step's batch: every pair once, in an order of its own in every epoch."""
         first = step * self.batch_size
-        return [self._order(n // len(self.pairs))[n % len(self.pairs)] for n in range(first, first + self.batch_size)]
-
-    def _order(self, epoch: int) -> list[int]:
-        return Dice(f"pairs/{self.seed}/{epoch}").shuffled(range(len(self.pairs)))
+        epochs = [divmod(n, len(self.pairs)) for n in range(first, first + self.batch_size)]
+        return [order(self.seed, epoch, len(self.pairs))[place] for epoch, place in epochs]
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         return self.batch(self.numbers(step))
@@ -186,7 +191,7 @@ def main(
     scenes: Annotated[int, typer.Option(help="Training scenes to sample captions of.")] = 2048,
     samples: Annotated[int, typer.Option(help="Units sampled per context.")] = 10,
     temperature: Annotated[float, typer.Option(help="They are sampled at.")] = 0.7,
-    epochs: Annotated[int, typer.Option(help="Times that every pair is seen.")] = 2,
+    epochs: Annotated[int, typer.Option(help="Times that every pair is seen; 0: only collect pairs.")] = 2,
     batch_size: Annotated[int, typer.Option(help="Pairs per step.")] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
     beta: Annotated[float, typer.Option(help="Of C-DPO.")] = 0.1,
@@ -205,6 +210,8 @@ def main(
     sampler, processor = load(BASE, device=device, dtype="auto", attn_implementation=None)
     pairs = collect(sampler, processor, out, scenes, seed, samples=samples, temperature=temperature)
     note(out, {"scenes": scenes, "pairs": len(pairs), "seconds": round(time.monotonic() - began, 1)})
+    if not epochs:
+        return
     model, _ = load(BASE, device=device, dtype=torch.float32, attn_implementation=None)
     torch.manual_seed(seed)
     run = Tuning(model, processor, pairs, out, batch_size, seed)
