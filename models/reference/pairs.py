@@ -44,7 +44,8 @@ class Pair:
     @classmethod
     def of(cls, entry: dict[str, Any]) -> Pair:
         """The inverse of `asdict`, also after JSON."""
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()})
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
+        return cls(**fields)
 
 
 @cache
@@ -157,7 +158,8 @@ class Bootstrap:
         many = rows.repeat_interleave(self.samples)
         fork, logits, new = stored.fork(many), following[many], torch.empty(len(many), 0, dtype=torch.long)
         for _ in range(NEW_TOKENS):
-            token = (logits / self.temperature).softmax(-1).multinomial(1)
+            known = logits[:, : len(self.units.begins)]  # a vocabulary may be larger than its tokenizer
+            token = (known / self.temperature).softmax(-1).multinomial(1)
             new = torch.cat([new, token.cpu()], 1)
             if bool(self.units.begins[new[:, 1:]].any(1).all()):
                 break
