@@ -54,7 +54,7 @@ def greedy(asker: Asker, records: Sequence[Record], size: int) -> list[Answer]:
 def verified(
     asker: Asker, records: Sequence[Record], before: Sequence[Answer], margin: float, width: int, size: int
 ) -> list[Answer]:
-    """Answers in which captions are decoded by `verify_sentences`, with the wall time per caption as "decode"."""
+    """Answers in which captions are decoded by `verify_sentences`, with the wall time per caption."""
     found = {answer.id: answer for answer in before}
     probe = Probe(asker.processor, question, margin)
     lexicon = Lexicon({kind.name: (kind.plural,) for kind in OBJECTS})
@@ -64,10 +64,11 @@ def verified(
         told = verify_sentences(asker.model, asker.processor, asker.inputs(batch), objects=lexicon.mentions,
                                 verify=probe, width=width,
                                 max_new_tokens=asker.task.kinds[batch[0].kind].max_new_tokens)  # fmt: skip
-        ms = {"decode": round(1e3 * (time.perf_counter() - began) / len(batch), 4)}
+        wall = round(1e3 * (time.perf_counter() - began) / len(batch), 4)
         texts = asker.processor.tokenizer.batch_decode([each.ids for each in told], skip_special_tokens=True)
         for record, each, text in zip(batch, told, texts, strict=True):
-            found[record.id] = replace(found[record.id], text=text.strip(), truncated=not each.finished, ms=ms)
+            told_so = {"text": text.strip(), "truncated": not each.finished, "ms": {}, "wall_ms": wall}
+            found[record.id] = replace(found[record.id], **told_so)
     return [found[record.id] for record in records]
 
 
@@ -124,9 +125,7 @@ def run(
         models["sentinel"] = fingerprint(other.model, other.processor)
     captions = {record.id for record in records if record.kind.startswith("caption")}
     test = report(last, records, runs, split="test", model=model, tuned=tuned, models=models, dtype=dtype)
-    times = {
-        each.plan: sum(sum(a.ms.values()) for a in each.answers if a.id in captions) / len(captions) for each in runs
-    }
+    times = {each.plan: sum(a.wall_ms for a in each.answers if a.id in captions) / len(captions) for each in runs}
     return {
         "margin": margin,
         "feasible": feasible,
@@ -150,4 +149,5 @@ def write(result: dict[str, Any], out: Path) -> None:
 def page(result: dict[str, Any]) -> str:
     """Test scores, and what a caption takes, as Markdown."""
     times = [f"{name}: {ms:.1f} ms" for name, ms in result["ms_per_caption"].items()]
-    return table({"chosen": {}, "feasible": {}, "test": result["test"]}) + "\n\nPer caption: " + "; ".join(times)
+    test = {**result["test"], "settings": {"processes": None}}  # stages are not timed where units are searched for
+    return table({"chosen": {}, "feasible": {}, "test": test}) + "\n\nPer caption: " + "; ".join(times)
