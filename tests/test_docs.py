@@ -57,3 +57,8 @@ def test_adding_a_method(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setitem(registry(), "largest", names["Largest"])
     for family in tiny.FAMILIES:
         test_batches.test_rows_equal_batch_one_and_hiding_equals_removing(family, "largest(keep=0.4)")
+
+
+def test_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute("sentences.md") == 1
+    assert "rejected: [', a person']" in capsys.readouterr().out
