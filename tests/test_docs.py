@@ -92,3 +92,8 @@ def test_pages_of_reducers_say_where_each_part_of_a_paper_is(name: str) -> None:
     assert [each for each in sorted(named) if not defined(each)] == []
     assert f"\n    {name}(" in text
     assert ("**Turns**" in text) or ("**turns**" in text)
+
+
+def test_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute("sentences.md") == 1
+    assert "rejected: [', a person']" in capsys.readouterr().out
