@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -82,6 +83,18 @@ class LayerPlan:
             work = replace(work, extra=work.extra + matrices)
         return cls(work, pairs, source)
 
+    def enter(self, hidden: torch.Tensor, slots: Slots, prefill: Prefill, within: bool = False) -> torch.Tensor:
+        """`hidden` [B, n, D] with the visual rows that `source` makes, if it does; `within`: in the same memory."""
+        if self.source is None:
+            return hidden
+        assert prefill.tower is not None
+        assert prefill.tower.features is not None
+        features = prefill.tower.features
+        patches = prefill.recall("patches", lambda: features[slots.patches.to(features.device)].to(hidden))
+        rows = self.source(patches.to(hidden.device)).to(hidden)
+        flat = hidden.flatten(0, 1)
+        return (flat.index_copy_ if within else flat.index_copy)(0, slots.image, rows).view_as(hidden)
+
 
 class Slots:
     """Where text and visual rows are among the n slots of a prompt's segment; made once for all layers that hold it.
@@ -89,31 +102,58 @@ class Slots:
     Attributes:
         visual: bool [B, n].
         own: int64 [B, t], the slot of each text row, packed to the right; -1 = filled up.
-        text, real: int64, flat numbers of those slots with and without what fills up; image: of the visual slots.
-        source: int64, the tower patch of each visual slot; -1 = not one patch.
+        text: int64, flat numbers of those slots, filled up by others of the same row; filled: bool [B, t], where.
+        ragged: whether some may be filled up.
     """
 
     def __init__(self, prefill: Prefill, slots: int, device: torch.device) -> None:
-        self.segment = prefill.segment
-        self.tokens = held(prefill).to(device)
-        role = self.tokens.role
-        self.visual = role == Role.IMAGE
-        host = role.cpu()  # the one wait for the device
-        is_text = (host != Role.PAD) & (host != Role.IMAGE)
-        most = int(is_text.sum(1).max())
+        self.segment, facts = prefill.segment, prefill.facts
+        self.exact = facts.separators is None
+        tokens = held(prefill).to(device)
+        role = tokens.role
+        is_text = (role != Role.PAD) & (role != Role.IMAGE)
+        texts, self._pictured = list(facts.others), [0] * len(role)
+        for unit in next(iter(prefill.units.values())).units:
+            self._pictured[unit.row] += unit.count
+        if facts.lines:  # only the device knows how many separators stay
+            bound = facts.separators
+            texts = is_text.sum(1).tolist() if bound is None else [count + bound for count in texts]
+        most = min(max(texts), slots)
         order = is_text.to(torch.uint8).argsort(dim=1, stable=True)[:, slots - most :]
-        filled = ~is_text.gather(1, order)
-        flat = order + slots * torch.arange(len(order))[:, None]
-        self.ragged = bool(filled.any())
-        self.own = order.masked_fill(filled, -1).to(role.device)
-        self.text = flat.flatten().to(role.device)
-        self.real = flat[~filled].to(role.device) if self.ragged else self.text
-        self.filled = filled.to(role.device)
-        self.image = (host == Role.IMAGE).flatten().nonzero()[:, 0].to(role.device)
-        self.source = self.tokens.source.flatten()[self.image]
+        self.visual = role == Role.IMAGE
+        self.filled = ~is_text.gather(1, order)
+        self.ragged = len(set(texts)) > 1 or bool(facts.lines and not self.exact)
+        self.own = order.masked_fill(self.filled, -1)
+        self.text = (order + slots * torch.arange(len(order), device=device)[:, None]).flatten()
+        if facts.tail is not None and not facts.drafts:  # the filling of a bucket is computed, but nobody sees it
+            behind = torch.arange(slots, device=device) >= slots - facts.tail.to(device)[:, None]
+            tokens = tokens.replace(role=role.masked_fill(behind, int(Role.PAD)))
+        self.tokens = tokens
         self._layouts: dict[tuple[Pairs | None, bool], Layout] = {}
-        self._dense: dict[Pairs | None, torch.Tensor] = {}
+        self._dense: dict[tuple[Pairs | None, bool], torch.Tensor] = {}
         self._rope: tuple[Rope, Rope] | None = None
+
+    @classmethod
+    def of(cls, prefill: Prefill, hidden: torch.Tensor) -> Slots:
+        """Those of the rows `hidden` [B, n, D], which a layer is about to read."""
+        slots = prefill.slots
+        if slots is None or slots.segment is not prefill.segment or slots.visual.device != hidden.device:
+            slots = prefill.slots = cls(prefill, hidden.shape[1], hidden.device)
+        return slots
+
+    @cached_property
+    def image(self) -> torch.Tensor:
+        """int64, flat numbers of the visual slots, in order."""
+        order = (~self.visual).to(torch.uint8).argsort(dim=1, stable=True)
+        rows, slots = order.shape
+        flat = (order + slots * torch.arange(rows, device=order.device)[:, None]).flatten()
+        chosen = torch.cat([torch.arange(count) + row * slots for row, count in enumerate(self._pictured)])
+        return flat[chosen.to(order.device)]
+
+    @cached_property
+    def patches(self) -> torch.Tensor:
+        """int64, the tower patch of each visual slot; -1 = not one patch."""
+        return self.tokens.source.flatten()[self.image]
 
     def text_rows(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, n, D] -> [B, t, D]."""
@@ -121,14 +161,16 @@ class Slots:
 
     def add_text(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """x [B, n, D] plus `rows` [B, t, D] at the text slots."""
-        return x.flatten(0, 1).index_add(0, self.real, self._unfilled(rows)).view_as(x)
+        rows = rows.masked_fill(self.filled[..., None], 0.0) if self.ragged else rows
+        return x.flatten(0, 1).index_add(0, self.text, rows.flatten(0, 1)).view_as(x)
 
-    def put_text(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """x [B, n, D] with `rows` [B, t, D] at the text slots."""
-        return x.flatten(0, 1).index_copy(0, self.real, self._unfilled(rows)).view_as(x)
-
-    def _unfilled(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows[~self.filled] if self.ragged else rows.flatten(0, 1)
+    def put_text(self, x: torch.Tensor, rows: torch.Tensor, within: bool = False) -> torch.Tensor:
+        """x [B, n, D] with `rows` [B, t, D] at the text slots; `within`: in the memory of x."""
+        if self.ragged:
+            rows = torch.where(self.filled[..., None], self.text_rows(x), rows)
+        flat = x.flatten(0, 1)
+        put = flat.index_copy_ if within else flat.index_copy
+        return put(0, self.text, rows.flatten(0, 1)).view_as(x)
 
     def text_rope(self, rope: Rope) -> Rope:
         """Cosine and sine of the text rows, [B, t, d] each, out of all rows' [B or 1, n, d]."""
@@ -148,17 +190,18 @@ class Slots:
                 groups=1,
                 head_dim=query.shape[-1],
                 dtype=query.dtype,
+                exact=self.exact,
             )
         return self._layouts[pairs, text_only]
 
     def dense(self, pairs: Pairs | None, text_only: bool = True) -> torch.Tensor:
         """The same as a mask, bool [B, 1, t or n, n]; rows that would see nothing see everything."""
-        if pairs not in self._dense:
+        if (pairs, text_only) not in self._dense:
             queries = self.own if text_only else None
             layout = layout_of(self.tokens, pairs or causal(), queries=queries, group=None, groups=1, impl="reference")
             seen = layout.visible()
-            self._dense[pairs] = seen | ~seen.any(-1, keepdim=True)
-        return self._dense[pairs]
+            self._dense[pairs, text_only] = seen | ~seen.any(-1, keepdim=True)
+        return self._dense[pairs, text_only]
 
 
 class RowLayer:
@@ -173,16 +216,8 @@ class RowLayer:
         prefill: Prefill | None = None if call is None else call.prefill
         if prefill is None or not prefill.has_visual:
             return self.__wrapped__(hidden_states, *args, **kwargs)
-        hidden = hidden_states
-        slots = prefill.slots
-        if slots is None or slots.segment is not prefill.segment or slots.visual.device != hidden.device:
-            slots = prefill.slots = Slots(prefill, hidden.shape[1], hidden.device)
-        if self.plan.source is not None:
-            assert prefill.tower is not None
-            assert prefill.tower.features is not None
-            patches = prefill.tower.features[slots.source.to(prefill.tower.features.device)]
-            rows = self.plan.source(patches.to(hidden)).to(hidden)
-            hidden = hidden.flatten(0, 1).index_copy(0, slots.image, rows).view_as(hidden)
+        slots = Slots.of(prefill, hidden_states)
+        hidden = self.plan.enter(hidden_states, slots, prefill)
         normed = self.layer.input_layernorm(hidden)
         if self.simulate:
             return self._hide(hidden, normed, slots, kwargs)
@@ -283,6 +318,8 @@ def attend(
     """Attention of all rows, or of the text rows where visual rows ask nothing: [B, H, n or t, d]."""
     packed = plan.work.attention != "full"
     few = FEW_KEYS if plan.work.ffn else FEW_KEYS_IDLE
+    if query.is_cuda and not slots.exact:  # nobody waits for launches
+        few = 0
     if packed and key.shape[2] < few and key.shape[1] == query.shape[1]:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=slots.dense(plan.pairs), scale=scale)
     out = grouped_attention(query, key, value, slots.layout(plan.pairs, packed, query), scale=scale)
@@ -290,16 +327,27 @@ def attend(
     return out
 
 
-def thin(mlp: Any, x: torch.Tensor, share: float) -> torch.Tensor:
-    """A gated FFN of which only the first `share` of the inner width is computed."""
+class Part(NamedTuple):
+    """Some rows or columns of a linear layer."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def narrowed(mlp: Any, share: float) -> tuple[Part, Part, Part]:
+    """Gate, up and down projection of a gated FFN of which only the first `share` of the inner width is computed."""
     width = max(1, round(share * mlp.gate_proj.out_features))
-
-    def part(linear: nn.Linear) -> torch.Tensor:
-        return F.linear(x, linear.weight[:width], None if linear.bias is None else linear.bias[:width])
-
-    return F.linear(
-        mlp.act_fn(part(mlp.gate_proj)) * part(mlp.up_proj), mlp.down_proj.weight[:, :width], mlp.down_proj.bias
+    gate, up = (
+        Part(linear.weight[:width], None if linear.bias is None else linear.bias[:width])
+        for linear in (mlp.gate_proj, mlp.up_proj)
     )
+    return gate, up, Part(mlp.down_proj.weight[:, :width], mlp.down_proj.bias)
+
+
+def thin(mlp: Any, x: torch.Tensor, share: float) -> torch.Tensor:
+    """What an FFN `narrowed` to `share` makes of x."""
+    gate, up, down = narrowed(mlp, share)
+    return F.linear(mlp.act_fn(F.linear(x, *gate)) * F.linear(x, *up), *down)
 
 
 def check_layer(layer: Any, plan: LayerPlan, adapter: Adapter, flash: bool) -> None:

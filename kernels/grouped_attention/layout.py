@@ -133,11 +133,13 @@ def make_layout(
     head_dim: int = 128,
     dtype: torch.dtype = torch.bfloat16,
     blocks: tuple[int, int] | None = None,
+    exact: bool = True,
     impl: Impl = "auto",
 ) -> Layout:
     """Plan the attention of a prompt, once for all layers.
 
-    Tokens stand in prompt order; "before" and "after" mean that order. Reads seven integers back from the device.
+    Tokens stand in prompt order; "before" and "after" mean that order. Reads seven integers back from the device,
+    unless not `exact`.
 
     Args:
         role: [B, Nk], any integer type: 0 padding, 1 system text, 2 visual, 3 separator, 4 other text.
@@ -150,6 +152,8 @@ def make_layout(
         head_pattern: [Hq] in 0..1, the pattern of each head.
         mask: bool [B, Nq, Nk], any other restriction; quadratic in memory, and no block is skipped before it is read.
         head_dim, dtype: of the queries; they choose the blocks unless `blocks` = (rows, keys) is given.
+        exact: False = reckon with the most work there can be instead of reading back how much there is, so that a
+            CUDA graph can hold it.
         impl: "auto", "triton" or "reference"; a layout for the reference alone has no schedule.
 
     Raises:
@@ -200,4 +204,4 @@ def make_layout(
     from mmefficient.kernels.grouped_attention.schedule import schedule
 
     with launching_on(role):
-        return schedule(layout, *(blocks or default_blocks(head_dim, dtype)))
+        return schedule(layout, *(blocks or default_blocks(head_dim, dtype)), exact)

@@ -235,8 +235,8 @@ def _plan(
         tl.atomic_max(needs + 2, n_left)
 
 
-def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
-    """The layout with its `Schedule` for blocks of `block_m` rows by `block_n` keys."""
+def schedule(layout: Layout, block_m: int, block_n: int, exact: bool) -> Layout:
+    """The layout with its `Schedule` for blocks of `block_m` rows by `block_n` keys; `exact` as for `make_layout`."""
     batch, rows = layout.queries.shape
     keys, patterns, device = layout.role.shape[1], len(layout.rules), layout.role.device
     q_blocks, k_blocks = ceil_div(rows, block_m), ceil_div(keys, block_n)
@@ -258,7 +258,11 @@ def schedule(layout: Layout, block_m: int, block_n: int) -> Layout:
         ),
         num_warps=8,
     )  # fmt: skip
-    n_soft, n_rest, n_left, partial, full, gaps, work = needs.tolist()
+    if exact:
+        n_soft, n_rest, n_left, partial, full, gaps, work = needs.tolist()
+    else:
+        n_soft = n_rest = n_left = rows
+        partial, full, gaps, work = 0, k_blocks, 1, batch * patterns * q_blocks * k_blocks
     made = Schedule(
         block_m=block_m,
         block_n=block_n,

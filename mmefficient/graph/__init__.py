@@ -90,7 +90,7 @@ def _refusal(executor: Executor) -> str | None:
         return "the model is not on one CUDA device or the CPU"
     if executor.run.mode != "apply":
         return "simulating removes no tokens"
-    if executor.modulated or executor.layered:
+    if executor.modulated:
         return "the plan changes what layers compute"
     if executor.stream is not None:
         return "the plan runs a second stream"

@@ -13,6 +13,7 @@ from mmefficient.kernels.decode_linear import decode_linear
 from mmefficient.kernels.rms_norm import rms_norm
 from mmefficient.kernels.rope_store import rope_store
 from mmefficient.kernels.swiglu import swiglu
+from mmefficient.rows import RowLayer
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -33,9 +34,17 @@ def refusal(layer: nn.Module) -> str | None:
         return "the layers use a sliding window or an activation other than silu"
     if any(type(child) is not nn.Linear for child in _linears(layer)):
         return "the layers hold quantised or adapted weights"
-    if any("forward" in vars(module) for module in layer.modules()):
+    if any(_replaced(module) for module in layer.modules()):
         return "a forward was replaced inside the decoder"
     return None
+
+
+def _replaced(module: nn.Module) -> bool:
+    """Whether somebody else's forward stands in for the module's own."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, RowLayer):
+        return getattr(forward.__wrapped__, "__func__", None) is not type(module).forward
+    return forward is not None
 
 
 def _linears(layer: Any) -> list[Any]:
@@ -86,14 +95,38 @@ def block(
         keys, values: [B, Hkv, room, D]; those of the N tokens are written to them.
         slots: int64 [B], where the first of them goes.
     """
-    attention, mlp = layer.self_attn, layer.mlp
+    return feed(layer, mix(layer, hidden, rope, keys, values, slots, attend))
+
+
+def mix(
+    layer: Any,
+    hidden: torch.Tensor,
+    rope: Rope,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    attend: Attend,
+) -> torch.Tensor:
+    """The first half of `block`: attention, and the sum with its update."""
+    attention = layer.self_attn
     qkv = product(hidden, (attention.q_proj, attention.k_proj, attention.v_proj), layer.input_layernorm)
     query, key, value = (each.unflatten(-1, (-1, attention.head_dim)) for each in qkv)
     query = rope_store(query, key, value, *rope, keys, values, slots)
     mixed = attend(query, keys, values, attention.scaling).transpose(1, 2).flatten(2)
     (hidden,) = product(mixed, (attention.o_proj,), residual=hidden)
-    (inner,) = product(hidden, (mlp.gate_proj, mlp.up_proj), layer.post_attention_layernorm, gated=True)
-    (hidden,) = product(inner, (mlp.down_proj,), residual=hidden)
+    return hidden
+
+
+def feed(layer: Any, hidden: torch.Tensor, linears: Sequence[Any] = ()) -> torch.Tensor:
+    """The second half of `block`: the FFN, and the sum with its update.
+
+    Args:
+        linears: what stands for the FFN's gate, up and down projection; none = themselves.
+    """
+    mlp = layer.mlp
+    gate, up, down = linears or (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    (inner,) = product(hidden, (gate, up), layer.post_attention_layernorm, gated=True)
+    (hidden,) = product(inner, (down,), residual=hidden)
     return hidden
 
 

@@ -14,8 +14,8 @@ from mmefficient.prompt import HostFacts
 from mmefficient.tokens import Role, TokenMap, build, images_of_rows
 from mmefficient.vision import Vision
 
-FIELDS = ("role", "image", "line", "source")
-"""What reductions read of the map on the device; places in grids are for the host."""
+FIELDS = ("role", "image", "line", "source", "view", "row", "col")
+"""What reductions and patterns read of the map on the device."""
 CHANGING = ("position", "size", "lives_until", "carried_by")
 """What they write."""
 

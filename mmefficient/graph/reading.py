@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from mmefficient.graph.block import attention, block, product
 from mmefficient.graph.capture import Inputs
 from mmefficient.graph.decoding import Session
 from mmefficient.graph.prompt import CHANGING, Prompt
+from mmefficient.graph.rows import Score, row_block
 from mmefficient.masks import Segment, prefill_mask
 from mmefficient.offer import LAST
 from mmefficient.prompt import PromptState
@@ -38,31 +40,32 @@ def read(
     Returns:
         logits [B, V] of the next token, borrowed until the next prompt; the state to report on; a session.
     """
-    reducers = tuple(executor.reducers) if prompt.visual else ()
-    if reducers:
+    acts = prompt.visual and bool(executor.reducers or executor.planned)
+    if acts:
         executor.look(prompt.tokens)
-    packed = prompt.packed(bool(reducers))
+    packed = prompt.packed(acts)
     # a copy from ordinary memory would wait for the encoder that is still running
     inputs = {"prompt": packed.pin_memory() if engine.device.type == "cuda" else packed}
     if features:
         found = [each.to(engine.device) for each in features]
         more = len(prompt.where) - sum(map(len, found))
         inputs["features"] = torch.cat([*found, found[0].new_zeros(more, found[0].shape[1])])
-    if tower is not None and reducers:
+    if tower is not None and acts:
         inputs |= {TOWER + name: tensor for name, tensor in tower.tensors().items()}
     shape = tuple(prompt.position.shape)
-    key = (("read", executor.run.plan), shape, prompt.layout() if reducers else None)
+    key = (("read", executor.run.plan), shape, prompt.layout() if acts else None)
     known = engine.captures.peek(key, inputs)
     for layer, slots in enumerate(known["slots"] if known else ()):
         engine.store.reserve(layer, shape[1], engine.room(slots + new))
-    out = engine.captures.run(key, lambda given: _read(engine, executor, reducers, prompt, tower, given, new), inputs)
-    tokens = prompt.tokens  # without reducers it is made here, while the device is busy
-    if reducers:
+    out = engine.captures.run(key, lambda given: _read(engine, executor, acts, prompt, tower, given, new), inputs)
+    tokens = prompt.tokens  # where no method acts it is made here, while the device is busy
+    if acts:
         tokens = tokens.replace(**{name: out[name].clone() for name in CHANGING})
     else:
         executor.look(tokens)
     executor.run.acted |= out["acted"]
-    state = PromptState(executor.run.plan, executor.run.mode, tokens)
+    works = {index: plan.work for index, plan in executor.planned.items()}
+    state = PromptState(executor.run.plan, executor.run.mode, tokens, works=works)
     return out["logits"], state, _session(engine, out, prompt, new)
 
 
@@ -75,20 +78,20 @@ def _session(engine: Engine, out: Mapping[str, Any], prompt: Prompt, new: int) -
 def _read(
     engine: Engine,
     executor: Executor,
-    reducers: tuple[Any, ...],
+    acts: bool,
     prompt: Prompt,
     tower: Tower | None,
     inputs: Inputs,
     new: int,
 ) -> dict[str, Any]:
-    given = prompt.unpacked(inputs["prompt"].to(engine.device), bool(reducers))
+    given = prompt.unpacked(inputs["prompt"].to(engine.device), acts)
     hidden = engine.embed(given.ids)
     if "features" in inputs:
         features = inputs["features"].to(hidden)
         hidden = hidden.flatten(0, 1).index_copy_(0, given.where, features).view_as(hidden)
     rope = engine.rotary(hidden, given.position)
     prefill = None
-    if reducers:
+    if acts:
         state = PromptState(executor.run.plan, executor.run.mode, given.tokens(len(engine.adapter.layers)))
         if tower is not None:
             tower = tower.like({name[len(TOWER) :]: x for name, x in inputs.items() if name.startswith(TOWER)})
@@ -100,7 +103,7 @@ def _read(
     groups: list[Segment | None] = []
     group, masks, acted = [], list[torch.Tensor | None](), False
     for index, layer in enumerate(engine.adapter.layers):
-        for reducer in reducers:
+        for reducer in executor.reducers:
             if prefill is not None and reducer.site == index and prefill.has_visual:
                 hidden, acted = prefill.reduce(reducer, index, hidden, executor.parts(layer, None)), True
         segment = None if prefill is None else prefill.segment
@@ -110,28 +113,43 @@ def _read(
         group.append(len(groups) - 1)
         slots, mask = hidden.shape[1], masks[-1]
         engine.store.reserve(index, batch, engine.room(slots + new))
-        scored = prefill if executor.asked.get(index) else None
-
-        def attend(
-            query: torch.Tensor,
-            keys: torch.Tensor,
-            values: torch.Tensor,
-            scale: float,
-            mask: torch.Tensor | None = mask,
-            scored: Prefill | None = scored,
-        ) -> torch.Tensor:
-            if scored is not None and scored.last is not None:
-                scored.scores[LAST] = row_scores(query, keys, mask, scored.last[:, None], None, scale)
-            return attention(query, keys, values, mask, mask is None, scale)
-
+        asking = prefill is not None and prefill.last is not None and bool(executor.asked.get(index))
+        score = partial(_score, prefill, mask) if asking else None
+        attend = partial(_attend, mask, score)
         held = prefill.rope if prefill is not None else rope
         assert held is not None
-        hidden = block(layer, hidden, held, *engine.store.rows(index, batch, slots), zero, attend)
+        room = engine.store.rows(index, batch, slots)
+        plan = executor.planned.get(index)
+        if plan is not None and prefill is not None and prefill.has_visual:
+            hidden, acted = row_block(layer, plan, prefill, hidden, *room, zero, attend, score), True
+        else:
+            hidden = block(layer, hidden, held, *room, zero, attend)
     last = (hidden.shape[1] - 1 - given.fill)[:, None, None].expand(-1, 1, hidden.shape[2])
     (logits,) = product(hidden.gather(1, last), (engine.head,), engine.adapter.decoder.norm)
     out = _after(prefill, groups, given.fill, given.position, whole)
     out |= {"logits": logits[:, 0], "acted": acted}
     return out | {"group": group, "slots": [out["group_slots"][each] for each in group]}
+
+
+def _attend(
+    mask: torch.Tensor | None,
+    score: Score | None,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    if score is not None:
+        score(query, keys, scale)
+    return attention(query, keys, values, mask, mask is None, scale)
+
+
+def _score(
+    prefill: Prefill, mask: torch.Tensor | None, query: torch.Tensor, keys: torch.Tensor, scale: float
+) -> None:
+    """Hand the attention of each row's last token to the reducers."""
+    assert prefill.last is not None
+    prefill.scores[LAST] = row_scores(query, keys, mask, prefill.last[:, None], None, scale)
 
 
 def _after(

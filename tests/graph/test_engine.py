@@ -29,12 +29,21 @@ PLANS = [
     "visionzip(dominant=0.4,contextual=0.2)+fastv(layer=1,keep=0.5)",
     "grid(keep=0.6)+fastv(layer=1,keep=0.5)+exit(layer=3)",
     "pyramiddrop(shares=(0.6,0.4,0.2))",
+    "composite",
+    "saisa",
+    "no_visual_self(scope=nothing,layers=(1,2))",
+    "shortv(layers=(1,3))+skip_ffn(layers=(2,))",
+    "thin_ffn(ratio=3.0)+window2d(radius=1)",
+    "modality_mutual",
+    "block_images+no_visual_self(scope=text,layers=(2,))",
+    "grid(keep=0.6)+fastv(layer=2,keep=0.5)+shortv(layers=(0,1,3))",
+    "yopo(exit=3,radius=1)",
 ]
 CASES = [
     (family, plan)
     for family in tiny.FAMILIES
     for plan in PLANS
-    if family != "qwen2_5_vl" or not ("compact" in plan or "visionzip" in plan)
+    if family != "qwen2_5_vl" or not any(each in plan for each in ("compact", "visionzip", "saisa"))
 ]
 
 
@@ -78,7 +87,7 @@ def test_ids_and_report_are_those_of_eager(family: str, plan: str) -> None:
     assert len(engine.captures) >= 4
 
 
-@pytest.mark.parametrize("plan", ["none", "fastv(layer=1,keep=0.5)"])
+@pytest.mark.parametrize("plan", ["none", "fastv(layer=1,keep=0.5)", "thin_ffn+composite(layers=(0,2))"])
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
 def test_one_recording_serves_other_prompts(family: str, plan: str) -> None:
     """Other words, other lengths of the same bucket, images at other places."""
@@ -216,7 +225,8 @@ def test_other_weights_are_noticed(llava: Any) -> None:
 def test_foreign_layers_run_eager(llava: Any) -> None:
     llava.get_decoder().layers[0].mlp.forward = llava.get_decoder().layers[0].mlp.forward
     batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
-    assert "forward was replaced" in generate(llava, batch)[1].engine["why"]
+    for plan in ("none", "composite"):
+        assert "forward was replaced" in generate(llava, batch, plan)[1].engine["why"]
 
 
 def test_bad_input_names_the_row_and_leaves_the_engine_usable(llava: Any) -> None:
