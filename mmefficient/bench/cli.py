@@ -120,6 +120,7 @@ def rows(
     images: Annotated[
         list[int] | None, typer.Option(help="Pictures of 576 tokens per prompt; repeat for more. 1, 5, 14, 57.")
     ] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="graph, the default, or eager; repeat for both.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
     repeats: Repeats = 5,
     out: Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")] = None,
@@ -133,7 +134,13 @@ def rows(
 
     if not torch.cuda.is_available():
         raise InputError("the table of visual rows needs a CUDA GPU; none is visible.")
-    result = bench.run(plan or ["composite", "saisa"], images or [1, 5, 14, 57], repeats=repeats, batch=batch)
+    result = bench.run(
+        plan or ["composite", "saisa"],
+        images or [1, 5, 14, 57],
+        engines=engine or ["graph"],
+        repeats=repeats,
+        batch=batch,
+    )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
