@@ -113,8 +113,8 @@ def _read(
         group.append(len(groups) - 1)
         slots, mask = hidden.shape[1], masks[-1]
         engine.store.reserve(index, batch, engine.room(slots + new))
-        asking = prefill is not None and prefill.last is not None and bool(executor.asked.get(index))
-        score = partial(_score, prefill, mask) if asking else None
+        asked = prefill is not None and prefill.last is not None and executor.asked.get(index)
+        score = partial(_score, prefill, mask) if prefill is not None and asked else None
         attend = partial(_attend, mask, score)
         held = prefill.rope if prefill is not None else rope
         assert held is not None
