@@ -144,9 +144,7 @@ def _attend(
     return attention(query, keys, values, mask, mask is None, scale)
 
 
-def _score(
-    prefill: Prefill, mask: torch.Tensor | None, query: torch.Tensor, keys: torch.Tensor, scale: float
-) -> None:
+def _score(prefill: Prefill, mask: torch.Tensor | None, query: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
     """Hand the attention of each row's last token to the reducers."""
     assert prefill.last is not None
     prefill.scores[LAST] = row_scores(query, keys, mask, prefill.last[:, None], None, scale)
