@@ -35,6 +35,7 @@ STRENGTHS: dict[str, tuple[str, ...]] = {
     "pai": tuple(f"pai(alpha={a})" for a in (0.02, 0.1)),
     "vaf": tuple(f"vaf(enhance={e},first=3,last=8)" for e in (1.02, 1.05)),
     "var": tuple(f"var(p={p},tau={t},first=1)" for p, t in ((0.3, 4.0), (0.6, 8.0))),
+    "act": tuple(f"act(beta={b},theta={t})" for b, t in ((0.4, 0.1), (0.7, 0.02))),
     "adhh": tuple(f"adhh(theta={t})" for t in (0.05, 0.2)),
     "paint": tuple(f"paint(alpha={a},beta={a})" for a in (0.05, 0.2)),
     "spin": tuple(f"spin(keep={k},factor={f})" for k, f in ((0.75, 0.5), (0.88, 0.08), (0.88, 0.5))),
