@@ -219,7 +219,7 @@ def by_head(role: torch.Tensor, query: torch.Tensor, options: dict[str, Any]) ->
     rows: dict[str, Any] = {"group": options["group"].flatten(0, 1)}
     if torch.is_tensor(options["queries"]):
         rows["queries"] = options["queries"].repeat_interleave(heads, 0)
-    given = {"head_dim": query.shape[-1], "dtype": query.dtype, "exact": False} | options | rows
+    given: dict[str, Any] = {"head_dim": query.shape[-1], "dtype": query.dtype, "exact": False} | options | rows
     return make_layout(role.repeat_interleave(heads, 0), **given)
 
 

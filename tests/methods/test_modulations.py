@@ -219,6 +219,41 @@ def test_equals_the_published_algorithm(plan: str, implementation: str) -> None:
     torch.testing.assert_close(found[:, 1], stock[:, 1], rtol=0, atol=1e-5)  # a row without image
 
 
+def again(model: PreTrainedModel, batch: dict[str, torch.Tensor], new: torch.Tensor, step: int) -> torch.Tensor:
+    """Logits after `step` new tokens, everything read in one forward without a cache, [B, V]."""
+    ids = torch.cat([batch["input_ids"], new[:, :step]], 1)
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(new[:, :step])], 1)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    given = {**batch, "input_ids": ids, "attention_mask": mask, "position_ids": position}
+    with torch.no_grad():
+        return model(**given, use_cache=False).logits[:, -1]
+
+
+@pytest.mark.parametrize("plan", ["pai(alpha=0.4)", "vaf(first=1,last=2)", "lift(gain=1.7)"])
+def test_decoding_with_a_cache_is_reading_everything_again(plan: str) -> None:
+    """A prompt's last row and all answer rows are changed alike, so one forward can do it; PAI's by its oracle."""
+    model, batch = tiny.build("llava", "eager"), tiny.ragged_batch("llava")
+    with Plan(plan).apply(model):
+        out = model.generate(**batch, **{**GREEDY, "max_new_tokens": STEPS})
+    length = batch["input_ids"].shape[1]
+    new = out.sequences[:, length:]
+
+    def whole(layer: Layer) -> torch.Tensor:
+        if layer.index < 2:
+            return plain(layer)
+        rows = torch.arange(layer.logits.shape[2]) >= length - 1
+        raised = torch.where(layer.image[:, None, None], layer.logits + 0.4 * layer.logits.abs(), layer.logits)
+        raised = torch.where(layer.logits.isinf(), layer.logits, raised)
+        return layer.out(torch.where(rows[:, None], raised, layer.logits).softmax(-1))
+
+    under = Plan(plan).apply(model) if "pai" not in plan else edited(
+        model, batch["input_ids"], batch["attention_mask"], whole
+    )  # fmt: skip
+    with under:
+        for step in range(STEPS):
+            torch.testing.assert_close(out.logits[step], again(model, batch, new, step), rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def vhr_by_pairs(model: PreTrainedModel, ids: torch.Tensor, embeds: torch.Tensor, new: torch.Tensor, alpha: float,
                  layers: set[int]) -> torch.Tensor:  # fmt: skip
