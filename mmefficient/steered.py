@@ -102,6 +102,7 @@ def run_with(run: Callable[..., Any], owner: Part | None, biases: Sequence[torch
     bias = torch.stack(torch.broadcast_tensors(*biases)).sum(0) if len(biases) > 1 else (*biases, None)[0]
     change = Change() if owner is None else owner.change
     query = run.args[0]  # type: ignore[attr-defined]
+    found: Any
     if owner is not None and owner.per_head:
         found = _apart(run, bias)
     else:
