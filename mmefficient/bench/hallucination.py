@@ -5,9 +5,10 @@
 Of every method that strength is taken which hallucinates least in counterfactual validation captions, among those that
 lose at most 0.8 points of recall, change the length by at most 4 % and repeat no more than the model alone. That is a
 fifth less than is allowed on test, since another sample differs by chance. If none does, the one that loses the least
-recall stands in the table anyway, marked. A strength whose captions come apart (over five points of recall, or five more in a
-hundred that repeat an 8-gram) is taken only if the method has no other. Under `accelerate launch` (or torchrun) processes share the work, on one GPU
-or more.
+recall stands in the table anyway, marked. A strength whose captions come apart (over five points of recall, or five
+more in a hundred that repeat an 8-gram) is taken only if the method has no other.
+
+Under `accelerate launch` (or torchrun) processes share the work, on one GPU or more.
 """
 
 from __future__ import annotations
