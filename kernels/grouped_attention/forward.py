@@ -124,7 +124,7 @@ def _prepare(
     )  # fmt: skip
     settings = tuning(made.block_m, dim, q.dtype, layout.page is not None) | override
     fixed = (
-        made.lists, made.copied, made.blocks, made.counts, layout.queries, layout.rules,
+        made.lists, made.copied, made.blocks, made.counts, layout.rules,
         spare if layout.head_pattern is None else layout.head_pattern, *layout.pair_facts, *strides, scale,
         batch, heads, rows, k.shape[2], made.lists.shape[-1], *made.blocks.shape[-2:], made.soft_blocks,
         made.blocks.shape[1],

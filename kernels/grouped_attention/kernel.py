@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmefficient.kernels.grouped_attention.schedule import known_of, pairs, query_facts
+from mmefficient.kernels.grouped_attention.schedule import known_of, pairs, ruled_facts
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def _merged(
 
 @triton.jit
 def _soft_rows(
-    item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied, blocks, counts, queries, rules, known, shaping,
+    item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied, blocks, counts, rules, known, shaping,
     gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks,
     kinds,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
@@ -139,7 +139,10 @@ def _soft_rows(
     block = item // (PARTS * GROUPS)
     qb = q_blocks - 1 - block
     slots = lists + bs * padded + qb * BLOCK_M
+    rows_of = batch * PATTERNS * padded
     n = tl.load(slots + tl.arange(0, BLOCK_M))
+    own = tl.load(slots + 5 * rows_of + tl.arange(0, BLOCK_M))
+    rule = tl.load(slots + 6 * rows_of + tl.arange(0, BLOCK_M))
     lines = kinds * batch * PATTERNS * q_blocks
     line = (bs + (g + 1 if GROUPS > 1 else 0) * batch * PATTERNS) * q_blocks + qb
     partial = tl.load(counts + line)
@@ -148,9 +151,8 @@ def _soft_rows(
     all_blocks = some_blocks + lines * k_blocks
     start = tl.load(all_blocks)
     used = n >= 0
-    own = tl.load(queries + b * rows + n, mask=used, other=-1)
     x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=used[:, None] & (d < D)[None], other=0.0)
-    facts = query_facts(own, rules, known, PLACES, SEGMENTS)
+    facts = ruled_facts(own, rule, known, PLACES, SEGMENTS)
     parts = 1
     if PARTS > 1:  # short lists in fewer parts
         parts = tl.minimum(PARTS, tl.maximum(partial + full, 2) // 2)
@@ -236,7 +238,7 @@ def _rest_rows(
 @triton.jit
 def _forward(
     q, k, v, out, lse, scratch, arrived, bias, factors, gain,
-    lists, copied, blocks, counts, queries, rules, head_pattern, role, page, row, col, segment, group, mask,
+    lists, copied, blocks, counts, rules, head_pattern, role, page, row, col, segment, group, mask,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_g, o_b, o_h, o_n, bias_b, bias_h, map_f, map_b,
     map_h, map_g, gain_b, gain_h, gain_n, scale,
     batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds,
@@ -266,7 +268,7 @@ def _forward(
     if item < soft_items:
         _soft_rows(
             item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied + bs.to(tl.int64) * keys,
-            blocks, counts, queries, rules, known, shaping, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads,
+            blocks, counts, rules, known, shaping, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads,
             rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS,
             GROUPS, PARTS, MAP, BIAS, GAIN, LSE, COPIES, CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip

@@ -24,9 +24,9 @@ class Schedule:
 
     Attributes:
         block_m, block_n: rows of a query block, keys of a key block.
-        lists: int32 [5, B, S, Q * block_m]; -1 = none. 0: soft rows, the last one in the last place, so that blocks
+        lists: int32 [7, B, S, Q * block_m]; -1 = none. 0: soft rows, the last one in the last place, so that blocks
             of rows that see most are full. 1, 2: rest rows, and the one key each sees (-1 = nothing). 3, 4: like 1 and
-            2, without the rows of `copied`.
+            2, without the rows of `copied`. 5, 6: own key and rule of the rows in 0, so that one wait fetches all three.
         copied: int32 [B, S, Nk], the rest row that sees this key alone, and to which the last query block, which reads
             the key's value anyway, copies it; -1 = none.
         blocks: int32 [2, P, B, S, Q, K]: the partial (0) and the full (1) key blocks of each query block. Bit 24:

@@ -23,10 +23,15 @@ def known_of(role, page, row, col, segment, group, mask, b, keys, rows):
 @triton.jit
 def query_facts(own, rules, known, PLACES: tl.constexpr, SEGMENTS: tl.constexpr):
     """Facts about the rows whose own keys are `own` (-1 = no row), a tuple that `pairs` takes."""
-    role, page, row, col, segment, _group, _mask = known
+    which = tl.load(known[0] + own, mask=own >= 0, other=0)
+    return ruled_facts(own, tl.load(rules + which), known, PLACES, SEGMENTS)
+
+
+@triton.jit
+def ruled_facts(own, rule, known, PLACES: tl.constexpr, SEGMENTS: tl.constexpr):
+    """`query_facts` for rows whose rules have been looked up already."""
+    _role, page, row, col, segment, _group, _mask = known
     real = own >= 0
-    which = tl.load(role + own, mask=real, other=0)
-    rule = tl.load(rules + which)
     p, r, c, z = own, own, own, own
     if PLACES:
         p = tl.load(page + own, mask=real, other=-2)
@@ -112,7 +117,10 @@ def _plan(
         n_soft += tl.sum(is_soft, 0)
     rank = padded - n_soft
     slot = qb * BLOCK_M + tl.arange(0, BLOCK_M)
+    step = batch * patterns * padded
     tl.store(soft + slot, -1, mask=slot < rank)
+    tl.store(soft + 5 * step + slot, -1, mask=slot < rank)
+    tl.store(soft + 6 * step + slot, 0, mask=slot < rank)
     line = (kind * batch * patterns + bs) * q_blocks + qb
     lines = KINDS * batch * patterns * q_blocks
     n_partial = 0
@@ -131,6 +139,9 @@ def _plan(
         known = known_of(role, page, row, col, segment, group, mask, b, keys, rows)
         facts = query_facts(own, rules, known, PLACES, SEGMENTS)
         rule = facts[0]
+        if kind == 0:
+            tl.store(soft + 5 * step + slot, own)
+            tl.store(soft + 6 * step + slot, rule)
         state += line.to(tl.int64) * k_blocks
         low = tl.min(tl.where(n >= 0, own, keys), 0)
         high = tl.max(own, 0)
@@ -205,7 +216,6 @@ def _plan(
             key = start + tl.arange(0, STEP)
             tl.store(copied + key, -1, mask=key < keys)
         tl.debug_barrier()
-        step = batch * patterns * padded
         n_rest = 0
         n_left = 0
         for start in range(0, rows, STEP):
@@ -241,7 +251,7 @@ def schedule(layout: Layout, block_m: int, block_n: int, exact: bool) -> Layout:
     keys, patterns, device = layout.role.shape[1], len(layout.rules), layout.role.device
     q_blocks, k_blocks = ceil_div(rows, block_m), ceil_div(keys, block_n)
     kinds = 1 if layout.groups == 1 else 1 + layout.groups
-    lists = torch.empty(5, batch, patterns, q_blocks * block_m, dtype=torch.int32, device=device)
+    lists = torch.empty(7, batch, patterns, q_blocks * block_m, dtype=torch.int32, device=device)
     copied = torch.empty(batch, patterns, keys, dtype=torch.int32, device=device)
     blocks = torch.empty(2, kinds, batch, patterns, q_blocks, k_blocks, dtype=torch.int32, device=device)
     counts = torch.empty(2, kinds, batch, patterns, q_blocks, dtype=torch.int32, device=device)
