@@ -15,6 +15,8 @@ _FOUND = importlib.util.find_spec("triton") is not None
 
 Impl = Literal["auto", "triton", "reference"]
 
+_AS_IT_IS = nullcontext()
+
 log = logging.getLogger(__name__)
 
 
@@ -55,8 +57,8 @@ def uses_triton(impl: Impl, tensor: torch.Tensor, *others: torch.Tensor | None, 
 
 def launching_on(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it that of `tensor`, for models spread over several."""
-    if not tensor.is_cuda or torch.compiler.is_compiling():
-        return nullcontext()
+    if not tensor.is_cuda or torch.compiler.is_compiling() or tensor.get_device() == torch.cuda.current_device():
+        return _AS_IT_IS
     return torch.cuda.device(tensor.device)
 
 

@@ -74,9 +74,11 @@ def decode_attention(
     if uses_triton(impl, q, k, v, bias, logit_map, head_gain):
         from mmefficient.kernels.decode_attention import kernel, op
 
-        run = op.decode_op if torch.compiler.is_compiling() else kernel.decode_attention
-        with launching_on(q):
-            out, found = run(*arguments)
+        if torch.compiler.is_compiling():
+            out, found = op.decode_op(*arguments)
+        else:
+            with launching_on(q):
+                out, found = kernel.decode_attention(*arguments, lse or partials)
     else:
         out, found = reference.decode_attention(*arguments)
     return (out, found) if lse or partials else out

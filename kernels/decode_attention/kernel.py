@@ -15,7 +15,7 @@ import triton.language as tl
 
 from mmefficient.kernels.arrivals import counters
 from mmefficient.kernels.common import ceil_div, power_above, processors, shared_memory
-from mmefficient.kernels.launch import begin, launch, release
+from mmefficient.kernels.launch import Launch, begin, release
 
 MAX_BLOCK_M = 64  # more rows go to further programs
 
@@ -45,7 +45,7 @@ def _shaped(
 @triton.jit
 def _merge(
     scratch, levels, spot, used, inside, factor, at_out, lse, d, in_d, PARTS: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, SINGLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, SINGLE: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one program's rows; reads past the L1 cache, for other processors wrote them."""
     p = tl.arange(0, BLOCK_P)
@@ -70,7 +70,8 @@ def _merge(
             acc += values * weight[:, None]
     acc *= (factor / tl.where(total == 0, 1.0, total))[:, None]
     tl.store(at_out, acc.to(at_out.dtype.element_ty), mask=inside)
-    tl.store(lse + spot, (safe + tl.log2(total)) * 0.6931471805599453, mask=used)
+    if LSE:
+        tl.store(lse + spot, (safe + tl.log2(total)) * 0.6931471805599453, mask=used)
 
 
 @triton.jit
@@ -79,8 +80,8 @@ def _decode(
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_g, o_b, o_h, o_n, group_b, bias_b, bias_h, bias_k,
     map_f, map_b, map_h, map_g, gain_b, gain_h, gain_n, scale, batch, kv_heads, sums,
     PARTS: tl.constexpr, REPEAT: tl.constexpr, NEW: tl.constexpr, GROUPS: tl.constexpr, STARTS: tl.constexpr,
-    MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr, LSE: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
@@ -140,7 +141,8 @@ def _decode(
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     if PARTS == 1:
         tl.store(at_out, (acc * factor[:, None]).to(out.dtype.element_ty), mask=inside)
-        tl.store(lse + spot, level * 0.6931471805599453, mask=used)
+        if LSE:
+            tl.store(lse + spot, level * 0.6931471805599453, mask=used)
     else:
         levels = scratch + sums * (PARTS * D)
         tl.store(levels + spot * PARTS + part, level, mask=used)
@@ -150,7 +152,7 @@ def _decode(
         if tl.atomic_add(at, 1, sem="acq_rel", scope="gpu") == PARTS - 1:
             tl.store(at, 0)
             _merge(scratch, levels, spot, used, inside, factor, at_out, lse, d, in_d, PARTS, D, BLOCK_M, BLOCK_D,
-                   BLOCK_P, REPEAT * NEW * GROUPS == 1)  # fmt: skip
+                   BLOCK_P, REPEAT * NEW * GROUPS == 1, LSE)  # fmt: skip
 
 
 def tuning(rows: int, head_dim: int, dtype: torch.dtype, limit: int) -> dict[str, int]:
@@ -192,6 +194,7 @@ def plan(
     dtype: torch.dtype,
     device: torch.device,
     groups: int,
+    lse: bool,
     scale: float,
     strides: tuple[Strides, ...],
     group: int | None,
@@ -200,11 +203,11 @@ def plan(
     gain: Strides | None,
     starts: bool,
     override: tuple[tuple[str, int], ...],
-) -> tuple[tuple[int, int, int], int, tuple[int | float, ...], tuple[object, ...], dict[str, int]]:
-    """Grid, parts, numbers, constants and options of a launch: all that is the same from step to step.
+) -> tuple[Launch, tuple[int, int, int], int]:
+    """A launch, its grid and the number of floats that its parts take: all that is the same from step to step.
 
-    `strides`: those of q, k, v and, with a stride for key groups before them, the output; `group`, `bias`, `factors`
-    and `gain`: strides of what is given, None for what is not.
+    `strides`: those of q, k, v and the output; `group`, `bias`, `factors` and `gain`: strides of what is given, None
+    for what is not.
     """
     batch, heads, new, dim = shape
     repeat, copies = heads // kv_heads, max(groups, 1)
@@ -214,15 +217,17 @@ def plan(
     row_blocks = ceil_div(rows, block_m)
     programs = batch * kv_heads * row_blocks
     parts = options.pop("PARTS", 0) or parts_for(programs, ceil_div(room, block_n), rows, device)
+    lead = strides[3][0] if groups else 0
     numbers = (
-        *(n for each in strides for n in each), group or 0, *(bias or (0,) * 3), *(factors or (0,) * 4),
+        *(n for each in strides[:3] for n in each[:3]), lead, *strides[3][-4:-1], group or 0, *(bias or (0,) * 3), *(factors or (0,) * 4),
         *(gain or (0,) * 3), scale, batch, kv_heads, copies * batch * heads * new,
     )  # fmt: skip
     constants = (
-        parts, repeat, new, copies, starts, factors is not None, bias is not None, gain is not None, dim,
+        parts, repeat, new, copies, starts, factors is not None, bias is not None, gain is not None, lse, dim,
         max(16, power_above(dim)), block_m, block_n, power_above(parts), "ieee" if dtype == torch.float32 else "tf32",
     )  # fmt: skip
-    return (parts, batch * kv_heads, row_blocks), parts, numbers, constants, options
+    room_of_parts = copies * batch * heads * new * parts * (dim + 1) if parts > 1 else 0
+    return Launch(_decode, numbers, constants, **options), (parts, batch * kv_heads, row_blocks), room_of_parts
 
 
 def decode_attention(
@@ -237,33 +242,29 @@ def decode_attention(
     logit_map: torch.Tensor | None,
     head_gain: torch.Tensor | None,
     scale: float,
+    lse: bool = True,
     **override: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See the public function. `override`: PARTS and what `tuning` gives, in place of the defaults."""
-    batch, heads, new, dim = q.shape
-    kv_heads, room = k.shape[1:3]
+    batch, heads, new, _ = q.shape
+    _, kv_heads, room, _ = k.shape
     lead = (groups,) if groups else ()
     out = q.new_empty(*lead, *q.shape, dtype=torch.float32) if groups else torch.empty_like(q)
-    lse = torch.empty(*lead, batch, heads, new, dtype=torch.float32, device=q.device)
+    found = torch.empty(*lead, batch, heads, new, dtype=torch.float32, device=q.device) if lse else None
     bias = None if bias is None else bias.expand(batch, heads, room)
     factors = None if logit_map is None else logit_map.expand(3, batch, heads, -1)
     gain = None if head_gain is None else head_gain.expand(batch, heads, new)
-    strides = q.stride()[:3], k.stride()[:3], v.stride()[:3], (out.stride(0) if groups else 0, *out.stride()[-4:-1])
-    grid, parts, numbers, constants, options = plan(
-        q.shape, kv_heads, room, q.dtype, q.device, groups, scale, strides, None if group is None else group.stride(0),
+    run, grid, parted = plan(
+        q.shape, kv_heads, room, q.dtype, q.device, groups, lse, scale,
+        (q.stride(), k.stride(), v.stride(), out.stride()), None if group is None else group.stride(0),
         None if bias is None else bias.stride(), None if factors is None else factors.stride(),
         None if gain is None else gain.stride(), starts is not None, tuple(override.items()),
     )  # fmt: skip
-    scratch = arrived = lse
-    if parts > 1:  # outputs of the parts, then their log-sum-exps
-        scratch = torch.empty(lse.numel() * parts * (dim + 1), dtype=torch.float32, device=q.device)
-        arrived = counters(grid[1] * grid[2], q.device)
     absent = lengths  # what is not given is not read
-    launch(
-        _decode, grid,
-        (q, k, v, out, lse, scratch, arrived, lengths, absent if starts is None else starts,
-         absent if group is None else group, absent if bias is None else bias, absent if factors is None else factors,
-         absent if gain is None else gain),
-        numbers, constants, **options,
-    )  # fmt: skip
-    return out, lse
+    scratch = arrived = absent
+    if parted:  # outputs of the parts, then their log-sum-exps
+        scratch = torch.empty(parted, dtype=torch.float32, device=q.device)
+        arrived = counters(grid[1] * grid[2], q.device)
+    optional = [absent if t is None else t for t in (starts, group, bias, factors, gain)]
+    run(grid, q, k, v, out, absent if found is None else found, scratch, arrived, lengths, *optional)
+    return out, found

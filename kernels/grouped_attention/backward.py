@@ -7,6 +7,8 @@ and the bias. Both evaluate only blocks that hold pairs. Here a row that sees it
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,29 +21,39 @@ from mmefficient.kernels.grouped_attention.schedule import known_of, pairs, quer
 
 @triton.jit
 def _weights(
-    x, y, z, do, level, delta, ok, bias_row, key, keys, scale,
-    BIAS: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+    a, b, c, d, shift, level, delta, ok, scale, BIAS: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Softmax weights and gradients of the logits of one block, [rows, keys]."""
-    s = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
+    """Softmax weights a.b and gradients of the logits (through c.d) of one block, [rows, keys] or [keys, rows].
+
+    The rest has that shape, or broadcasts to it; `shift`, the bias, and `level` to base 2.
+    """
+    s = tl.dot(a, tl.trans(b), input_precision=PRECISION) * (scale * 1.4426950408889634) - level
     if BIAS:
-        s += tl.load(bias_row + key, mask=key < keys, other=0.0).to(tl.float32)[None]
-    weight = tl.exp2((s - level[:, None]) * 1.4426950408889634)
+        s += shift
+    weight = tl.exp2(s)
     if PARTIAL:
         weight = tl.where(ok, weight, 0.0)
-    change = weight * (tl.dot(do, tl.trans(z), input_precision=PRECISION) - delta[:, None])
-    return weight, change
+    return weight, weight * (tl.dot(c, tl.trans(d), input_precision=PRECISION) - delta)
+
+
+@triton.jit
+def _shift(bias, key, keys, BIAS: tl.constexpr):
+    """Biases of a block of keys, to base 2."""
+    found = key * 0.0
+    if BIAS:
+        found = tl.load(bias + key, mask=key < keys, other=0.0).to(tl.float32) * 1.4426950408889634
+    return found
 
 
 @triton.jit
 def _rows(q, do, lse, n, q_n, do_n, used, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """q, the gradient of the output and the log-sum-exp of rows; +inf gives a row that sees nothing weights of 0."""
+    """q, the gradient of the output and the base-2 log-sum-exp of rows; +inf for a row that sees nothing: weights 0."""
     d = tl.arange(0, BLOCK_D)
     inside = used[:, None] & (d < D)[None]
     x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=inside, other=0.0)
     y = tl.load(do + n[:, None].to(tl.int64) * do_n + d[None], mask=inside, other=0.0)
     level = tl.load(lse + n, mask=used, other=float("-inf"))
-    return x, y, tl.where(level == float("-inf"), float("inf"), level)
+    return x, y, tl.where(level == float("-inf"), float("inf"), level * 1.4426950408889634)
 
 
 @triton.jit
@@ -98,7 +110,10 @@ def _of_rows(
             ok = used[:, None] & (key < keys)[None]
             if kind == 0:
                 ok = pairs(facts, own, key, n, rules, known, keys, PLACES, SEGMENTS, MASKED)
-            change = _weights(x, kk, vv, y, level, less, ok, bias, key, keys, scale, BIAS, kind == 0, PRECISION)[1]
+            shift = _shift(bias, key, keys, BIAS)[None]
+            change = _weights(
+                x, kk, y, vv, shift, level[:, None], less[:, None], ok, scale, BIAS, kind == 0, PRECISION
+            )[1]
             acc = tl.dot(change.to(kk.dtype), kk, acc, input_precision=PRECISION)
     at = dq + n[:, None].to(tl.int64) * dq_n + d[None]
     tl.store(at, (acc * scale).to(dq.dtype.element_ty), mask=inside)
@@ -141,6 +156,7 @@ def _of_keys(
         at_do = do + b.to(tl.int64) * do_b + h.to(tl.int64) * do_h
         at_row = (b * heads + h).to(tl.int64) * rows
         at_bias = bias + b.to(tl.int64) * bias_b + h.to(tl.int64) * bias_h
+        shift = _shift(at_bias, key, keys, BIAS)[:, None]
         acc_b = tl.zeros([BLOCK_N], tl.float32)
         line = bs * k_blocks + kb
         for kind in tl.static_range(2):
@@ -155,13 +171,13 @@ def _of_keys(
                     own = tl.load(queries + b * rows + n, mask=used, other=-1)
                     facts = query_facts(own, rule, known, PLACES, SEGMENTS)
                     ok = pairs(facts, own, key, n, rule, known, keys, PLACES, SEGMENTS, MASKED)
-                weight, change = _weights(
-                    x, kk, vv, y, level, less, ok, at_bias, key, keys, scale, BIAS, kind == 0, PRECISION
+                weight, change = _weights(  # keys by rows: as they are, they are what the sums below multiply
+                    kk, x, vv, y, shift, level[None], less[None], tl.trans(ok), scale, BIAS, kind == 0, PRECISION
                 )
-                acc_v = tl.dot(tl.trans(weight).to(y.dtype), y, acc_v, input_precision=PRECISION)
-                acc_k = tl.dot(tl.trans(change).to(x.dtype), x, acc_k, input_precision=PRECISION)
+                acc_v = tl.dot(weight.to(y.dtype), y, acc_v, input_precision=PRECISION)
+                acc_k = tl.dot(change.to(x.dtype), x, acc_k, input_precision=PRECISION)
                 if DBIAS:
-                    acc_b += tl.sum(change, 0)
+                    acc_b += tl.sum(change, 1)
         if DBIAS:
             tl.store(dbias + (b * heads + h).to(tl.int64) * keys + key, acc_b, mask=key < keys)
     at = dk + b.to(tl.int64) * dk_b + kv.to(tl.int64) * dk_h + key[:, None].to(tl.int64) * dk_n + d[None]
@@ -170,11 +186,19 @@ def _of_keys(
     tl.store(at, acc_v.to(dv.dtype.element_ty), mask=inside)
 
 
-def blocks_for(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Rows and keys of a block, and warps: two tiles of keys, two of rows and two sums have to fit a processor."""
+Sizes = tuple[int, int, int, int]
+
+
+def blocks_for(head_dim: int, dtype: torch.dtype) -> tuple[Sizes, Sizes]:
+    """Rows and keys of a block, warps and stages: of the kernel that sums over keys, and of the one over rows.
+
+    Two tiles of keys, two of rows and one or two sums have to fit a processor.
+    """
     if dtype == torch.float32:
-        return (16, 16, 4) if head_dim > 128 else (32, 32, 4)
-    return (32, 32, 4) if head_dim > 128 else (64, 64, 8 if head_dim > 64 else 4)
+        sizes = (16, 16, 4, 2) if head_dim > 128 else (32, 32, 4, 2)
+    else:
+        sizes = (32, 32, 4, 2) if head_dim > 128 else (64, 64, 8 if head_dim > 64 else 4, 2)
+    return sizes, sizes
 
 
 def grouped_attention_backward(
@@ -189,19 +213,18 @@ def grouped_attention_backward(
     bias: torch.Tensor | None,
     scale: float,
     bias_grad: bool,
-    blocks: tuple[int, int] | None = None,
+    sizes: tuple[Sizes, Sizes] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and bias (float32 [B, Hq, Nk], empty unless `bias_grad`) for a call without groups.
 
     Args:
         out, lse: what the call returned, lse float32 [B, Hq, Nq]; d_out, d_lse: the gradients of both.
         bias: [B, Hq, Nk].
+        sizes: in place of `blocks_for`.
     """
     batch, heads, rows, dim = q.shape
     keys, kv_heads = k.shape[2], k.shape[1]
-    block_m, block_n, warps = blocks_for(dim, q.dtype)
-    block_m, block_n = blocks or (block_m, block_n)
-    by_rows, by_keys = pairs_by_block(layout, block_m, block_n)
+    of_rows, of_keys = sizes or blocks_for(dim, q.dtype)
     d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
     bias_row = layout.role
     if bias is not None:
@@ -214,22 +237,26 @@ def grouped_attention_backward(
         layout.queries, layout.rules, layout.role if layout.head_pattern is None else layout.head_pattern,
         *layout.pair_facts, bias_row,
     )  # fmt: skip
-    sizes = (scale, batch, heads, rows, keys, ceil_div(rows, block_m), ceil_div(keys, block_n))
     settings = {
-        "REPEAT": heads // kv_heads, "D": dim, "BLOCK_D": max(16, power_above(dim)), "BLOCK_M": block_m,
-        "BLOCK_N": block_n, "PATTERNS": len(layout.rules), "BIAS": bias is not None, "PLACES": layout.page is not None,
-        "SEGMENTS": layout.segment is not None, "MASKED": layout.mask is not None,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": warps, "num_stages": 2,
+        "REPEAT": heads // kv_heads, "D": dim, "BLOCK_D": max(16, power_above(dim)), "PATTERNS": len(layout.rules),
+        "BIAS": bias is not None, "PLACES": layout.page is not None, "SEGMENTS": layout.segment is not None,
+        "MASKED": layout.mask is not None, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
+
+    def shape(block_m: int, block_n: int, warps: int, stages: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        numbers = scale, batch, heads, rows, keys, ceil_div(rows, block_m), ceil_div(keys, block_n)
+        return numbers, settings | {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    _of_rows[(sizes[5], batch * heads)](
-        q, k, v, out, d_out, lse, lse if d_lse is None else d_lse.contiguous(), delta, dq, *by_rows, *facts,
-        *strides, *out.stride()[:3], *d_out.stride()[:3], *dq.stride()[:3], *bias_strides, *sizes,
-        LSE=d_lse is not None, **settings,
+    numbers, chosen = shape(*of_rows)
+    _of_rows[(numbers[5], batch * heads)](
+        q, k, v, out, d_out, lse, lse if d_lse is None else d_lse.contiguous(), delta, dq,
+        *pairs_by_block(layout, *of_rows[:2])[0], *facts, *strides, *out.stride()[:3], *d_out.stride()[:3],
+        *dq.stride()[:3], *bias_strides, *numbers, LSE=d_lse is not None, **chosen,
     )  # fmt: skip
-    _of_keys[(sizes[6], batch * kv_heads)](
-        q, k, v, d_out, lse, delta, dk, dv, d_bias, *by_keys, *facts,
-        *strides, *d_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *bias_strides, *sizes,
-        DBIAS=bias_grad, **settings,
+    numbers, chosen = shape(*of_keys)
+    _of_keys[(numbers[6], batch * kv_heads)](
+        q, k, v, d_out, lse, delta, dk, dv, d_bias, *pairs_by_block(layout, *of_keys[:2])[1], *facts, *strides,
+        *d_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *bias_strides, *numbers, DBIAS=bias_grad, **chosen,
     )  # fmt: skip
     return dq, dk, dv, d_bias

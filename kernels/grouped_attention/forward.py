@@ -28,14 +28,22 @@ class Inputs(NamedTuple):
     @property
     def signature(self) -> tuple[Any, ...]:
         """All that a compiled kernel and its launch depend on."""
-        return tuple(t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in self)
+        return tuple(
+            [t if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16) for t in self]
+        )
 
 
-def tuning(block_m: int, head_dim: int, dtype: torch.dtype, places: bool) -> dict[str, int]:
-    """Warps and pipeline stages for blocks of `block_m` rows; `places`: the pattern compares places."""
+def tuning(block_m: int, head_dim: int, dtype: torch.dtype, places: bool, stores: bool = False) -> dict[str, int]:
+    """Warps and pipeline stages for blocks of `block_m` rows.
+
+    Args:
+        places: the pattern compares places.
+        stores: rows are also stored while keys are loaded, which takes shared memory from the pipeline.
+    """
     if dtype == torch.float32:
         return {"num_warps": 4, "num_stages": 1 if head_dim > 128 else 2}
-    return {"num_warps": 8 if block_m * head_dim > 8192 else 4, "num_stages": 2 if head_dim > 128 or places else 3}
+    few = head_dim > 128 or places or stores
+    return {"num_warps": 8 if block_m * head_dim > 8192 else 4, "num_stages": 2 if few else 3}
 
 
 def parts_for(programs: int, longest: int, device: torch.device) -> int:
@@ -74,7 +82,7 @@ def grouped_attention(
     partials: bool,
     lse: bool = True,
     **override: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See the public function. `override`: PARTS, COPIES, num_warps, num_stages in place of the defaults."""
     made = layout.schedule
     if made is None:
@@ -89,22 +97,23 @@ def grouped_attention(
         head_gain = head_gain.expand(batch, heads, rows)
     inputs = Inputs(q, k, v, bias, logit_map, head_gain)
     out = q.new_empty(groups, *q.shape, dtype=torch.float32) if partials else torch.empty_like(q)
-    found = torch.empty(groups, batch, heads, rows if lse else 0, dtype=torch.float32, device=q.device)
+    lead = (groups,) if partials else ()
+    found = torch.empty(*lead, batch, heads, rows, dtype=torch.float32, device=q.device) if lse else None
     key = (inputs.signature, scale, partials, lse, *override.items())
     launch = made.launches.get(key)
     if launch is None:
         launch = made.launches[key] = _prepare(inputs, out, layout, scale, groups, lse, override)
     launch(inputs, out, found)
-    return out, found if partials else found[0]
+    return out, found
 
 
 def _prepare(
     inputs: Inputs, out: torch.Tensor, layout: Layout, scale: float, groups: int, lse: bool, override: dict[str, int]
-) -> Callable[[Inputs, torch.Tensor, torch.Tensor], None]:
+) -> Callable[[Inputs, torch.Tensor, torch.Tensor | None], None]:
     """A function that launches calls like this one.
 
     Triton looks at every argument of a launch, which takes longer than a short prompt's attention; all but the first
-    call go past that to the kernel compiled by the first one.
+    call go past that to the kernel compiled by the first one, with addresses in place of tensors (see `Launch`).
     """
     q, k, v, bias, logit_map, gain = inputs
     made, device, spare = layout.schedule, q.device, layout.role
@@ -122,11 +131,14 @@ def _prepare(
         *((0, 0) if bias is None else bias.stride()[:2]), *((0,) * 4 if logit_map is None else logit_map.stride()),
         *((0,) * 3 if gain is None else gain.stride()),
     )  # fmt: skip
-    settings = tuning(made.block_m, dim, q.dtype, layout.page is not None) | override
-    fixed = (
+    settings = tuning(made.block_m, dim, q.dtype, layout.page is not None, groups > 1 and parts == 1) | override
+    shared = (
         made.lists, made.copied, made.blocks, made.counts, layout.rules,
-        spare if layout.head_pattern is None else layout.head_pattern, *layout.pair_facts, *strides, scale,
-        batch, heads, rows, k.shape[2], made.lists.shape[-1], *made.blocks.shape[-2:], made.soft_blocks,
+        spare if layout.head_pattern is None else layout.head_pattern, *layout.pair_facts,
+    )  # fmt: skip
+    fixed = (
+        *[t.data_ptr() for t in shared], *strides, scale,
+        batch, heads, rows, k.shape[2], made.lists.shape[-1], *made.blocks.shape[-2:], made.soft_blocks, made.plain,
         made.blocks.shape[1],
         heads // k.shape[1], dim, max(16, power_above(dim)), made.block_m, made.block_n, len(layout.rules), groups,
         parts, logit_map is not None, bias is not None, gain is not None, lse, copies, made.contiguous,
@@ -134,23 +146,24 @@ def _prepare(
         "ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     rest_blocks = made.left_blocks if copies else made.rest_blocks
-    grid = ((made.soft_blocks * parts * groups + rest_blocks) * batch * heads, 1, 1)
+    # one program takes all groups of a query block, unless its keys are split
+    grid = ((made.soft_blocks * (parts * groups if parts > 1 else 1) + rest_blocks) * batch * heads, 1, 1)
     room = tasks * parts * made.block_m * (dim + 1) if parts > 1 else 0
     options = {name: settings[name] for name in ("num_warps", "num_stages")}
-    compiled: Callable[..., Any] | None = None
+    run: Callable[..., Any] | None = None
 
-    def launch(inputs: Inputs, out: torch.Tensor, found: torch.Tensor) -> None:
-        nonlocal compiled
+    def launch(inputs: Inputs, out: torch.Tensor, found: torch.Tensor | None) -> None:
+        nonlocal run
         scratch = arrived = spare
         if room:
             scratch, arrived = torch.empty(room, dtype=torch.float32, device=device), counters(tasks, device)
-        extra = (spare if t is None else t for t in inputs[3:])
-        arguments = (*inputs[:3], out, found, scratch, arrived, *extra, *fixed)
-        if compiled is not None:
-            compiled(*arguments)
+        given = [*inputs[:3], out, found, scratch, arrived, *inputs[3:]]
+        tensors = [spare if t is None else t for t in given]
+        if run is not None:
+            run(*[t.data_ptr() for t in tensors], *fixed)
             return
-        kernel = _forward[grid](*arguments, **options)
+        kernel = _forward[grid](*tensors, *shared, *fixed[len(shared) :], **options)
         if kernel is not None:  # Triton's interpreter compiles nothing
-            compiled = kernel[grid]
+            run = kernel[grid]
 
     return launch

@@ -33,6 +33,8 @@ class Schedule:
             partial only because some keys are of another group.
         counts: int32 [2, P, B, S, Q].
         soft_blocks, rest_blocks, left_blocks: blocks that hold rows of these kinds, at most.
+        plain: so many query blocks, from the last one on, hold the rows that follow from their places alone: the last
+            place has the last row, and so on.
         longest: key blocks of one query block, at most; work: key blocks of all query blocks.
         contiguous: the full key blocks of every query block follow each other.
         launches: what is known about earlier calls with this schedule, so that later ones start faster.
@@ -47,6 +49,7 @@ class Schedule:
     soft_blocks: int
     rest_blocks: int
     left_blocks: int
+    plain: int
     longest: int
     work: int
     contiguous: bool
@@ -138,7 +141,7 @@ def make_layout(
 ) -> Layout:
     """Plan the attention of a prompt, once for all layers.
 
-    Tokens stand in prompt order; "before" and "after" mean that order. Reads seven integers back from the device,
+    Tokens stand in prompt order; "before" and "after" mean that order. Reads eight integers back from the device,
     unless not `exact`.
 
     Args:

@@ -49,7 +49,9 @@ def _forward(
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = unpack(tensors, numbers)
-    return forward.grouped_attention(q, k, v, layout, bias, logit_map, head_gain, scale, partials, lse)
+    out, found = forward.grouped_attention(q, k, v, layout, bias, logit_map, head_gain, scale, partials, lse)
+    lead = (numbers[1],) if partials else ()
+    return out, q.new_empty(*lead, *q.shape[:2], 0, dtype=torch.float32) if found is None else found
 
 
 grouped_op = torch.library.custom_op(
