@@ -141,8 +141,8 @@ def _prepare(
         batch, heads, rows, k.shape[2], made.lists.shape[-1], *made.blocks.shape[-2:], made.soft_blocks, made.plain,
         made.blocks.shape[1],
         heads // k.shape[1], dim, max(16, power_above(dim)), made.block_m, made.block_n, len(layout.rules), groups,
-        parts, logit_map is not None, bias is not None, gain is not None, lse, copies, made.contiguous,
-        layout.page is not None, layout.segment is not None, layout.mask is not None,
+        parts, logit_map is not None, bias is not None, gain is not None, lse, copies,
+        made.contiguous and logit_map is None,        layout.page is not None, layout.segment is not None, layout.mask is not None,
         "ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     rest_blocks = made.left_blocks if copies else made.rest_blocks

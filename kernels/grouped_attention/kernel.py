@@ -18,7 +18,8 @@ from mmefficient.kernels.grouped_attention.schedule import known_of, pairs, rule
 def mapped(s, shaping, of, key, scale, MAP: tl.constexpr, BIAS: tl.constexpr):
     """Logits after scale, map by group and bias; without map and bias they are left unscaled, see `unit`.
 
-    `shaping`: this head's biases, its a, and the strides to b and c and to the next group.
+    `shaping`: this head's biases, its a, and the strides to b and c and to the next group; `of`: the groups of the
+    keys, or the one that they are all of.
     """
     bias, factors, map_f, map_g = shaping
     if MAP:
@@ -26,7 +27,7 @@ def mapped(s, shaping, of, key, scale, MAP: tl.constexpr, BIAS: tl.constexpr):
         a = tl.load(factors + of * map_g).to(tl.float32)
         m = tl.load(factors + map_f + of * map_g).to(tl.float32)
         c = tl.load(factors + 2 * map_f + of * map_g).to(tl.float32)
-        s = a[None] * s + m[None] * tl.abs(s) + c[None]
+        s = a * s + (m * tl.abs(s) + c)
     if BIAS:
         shift = tl.load(bias + key).to(tl.float32)[None]  # aligned rows, padded: see `padded_rows`
         s = s + shift if MAP else s * scale + shift
@@ -41,13 +42,13 @@ def unit(scale, MAP: tl.constexpr, BIAS: tl.constexpr):
 
 @triton.jit
 def _tile(
-    x, facts, own, n, kb, some, edge, k, v, k_n, v_n, rules, known, keys, shaping, scale, wanted,
+    x, facts, own, n, entry, some, k, v, k_n, v_n, rules, known, keys, shaping, scale, wanted,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, MAP: tl.constexpr,
     BIAS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits and values of one key block; `some`: not all of its pairs exist, `edge`: only because of the groups."""
+    """Logits and values of the key block of a list's `entry`; `some`: not all of its pairs exist."""
     d = tl.arange(0, BLOCK_D)
-    key = kb * BLOCK_N + tl.arange(0, BLOCK_N)
+    key = (entry & 0xFFFFFF) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = key < keys
     groups = known[5]
     place = tl.minimum(key, keys - 1).to(tl.int64)  # cheaper than a mask; what lies behind the end is no pair
@@ -59,15 +60,22 @@ def _tile(
     else:
         y = tl.load(at_k)
         z = tl.load(at_v)
-    of = key
+    logit = tl.dot(x, y, input_precision=PRECISION)
     if MAP:
-        of = tl.load(groups + key, mask=real, other=0)
-    logit = mapped(tl.dot(x, y, input_precision=PRECISION), shaping, of, key, scale, MAP, BIAS)
+        logit *= scale
+        alone = entry >> 26
+        if alone > 0:  # numbers, which are cheaper than a vector of them
+            logit = mapped(logit, shaping, alone - 1, key, 1.0, MAP, BIAS)
+        else:
+            of = tl.load(groups + key, mask=real, other=0)
+            logit = mapped(logit, shaping, of[None], key, 1.0, MAP, BIAS)
+    else:
+        logit = mapped(logit, shaping, 0, key, scale, MAP, BIAS)
     if GROUPS > 1:
         if some:
             mine = tl.load(groups + key, mask=real, other=-1) == wanted
             logit = tl.where(mine[None], logit, float("-inf"))
-        some = some & (edge == 0)
+        some = some & ((entry >> 24 & 1) == 0)
     if some:
         ok = pairs(facts, own, key, n, rules, known, keys, PLACES, SEGMENTS, MASKED)
         logit = tl.where(ok, logit, float("-inf"))
@@ -161,7 +169,7 @@ def _soft_rows(
     full = tl.load(counts + lines + line)
     some_blocks = blocks + line.to(tl.int64) * k_blocks
     all_blocks = some_blocks + lines * k_blocks
-    start = tl.load(all_blocks)
+    start = tl.load(all_blocks) & 0xFFFFFF
     used = n >= 0
     x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=used[:, None] & (d < D)[None], other=0.0)
     facts = ruled_facts(own, rule, known, PLACES, SEGMENTS)
@@ -181,13 +189,12 @@ def _soft_rows(
             entry = tl.where(i < full, start + i, tl.load(some_blocks + (i - full), mask=i >= full, other=0))
         else:
             entry = tl.load(tl.where(i < full, all_blocks + i, some_blocks + (i - full)))
-        kb = entry & 0xFFFFFF
-        key = kb * BLOCK_N + tl.arange(0, BLOCK_N)
         if COPIES:
+            key = (entry & 0xFFFFFF) * BLOCK_N + tl.arange(0, BLOCK_N)
             to = tl.load(copied + key, mask=key < copies, other=-1)
         logit, z = _tile(
-            x, facts, own, n, kb, i >= full, entry >> 24, k, v, k_n, v_n, rules, known, keys, shaping, scale, g, D,
-            BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, PRECISION,
+            x, facts, own, n, entry, i >= full, k, v, k_n, v_n, rules, known, keys, shaping, scale, g, D, BLOCK_D, BLOCK_N,
+            GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip
         top, total, acc = _add(top, total, acc, logit, z, scale, MAP, BIAS, PRECISION)
         if COPIES:
@@ -280,8 +287,8 @@ def _group_rows(
         here = (line + g * stride).to(tl.int64) * k_blocks
         entry = tl.load(blocks + here + tl.where(some, at - full, lines.to(tl.int64) * k_blocks + at))
         logit, z = _tile(
-            x, facts, own, n, entry & 0xFFFFFF, some, entry >> 24, k, v, k_n, v_n, rules, known, keys, shaping, scale,
-            g, D, BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, PRECISION,
+            x, facts, own, n, entry, some, k, v, k_n, v_n, rules, known, keys, shaping, scale, g, D,
+            BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip
         if (at == 0) & (i > 0):  # here, and not at the end of the group, its last product need not be waited for
             _finish(top, total, acc, last, bh, out, lse, n, o_g, o_n, used, factor, scale, batch, heads, rows, D,
@@ -321,7 +328,7 @@ def _rest_rows(
     if LSE:
         x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=inside, other=0.0).to(tl.float32)
         y = tl.load(k + own[:, None].to(tl.int64) * k_n + d[None], mask=inside, other=0.0).to(tl.float32)
-        s = mapped(tl.sum(x * y, 1)[None], shaping, tl.maximum(of, 0), tl.maximum(own, 0), scale, MAP, BIAS)
+        s = mapped(tl.sum(x * y, 1)[None], shaping, tl.maximum(of, 0)[None], tl.maximum(own, 0), scale, MAP, BIAS)
         natural = unit(scale, MAP, BIAS) * 0.6931471805599453
         level = tl.where(sees, tl.reshape(s, [BLOCK_M]) * natural, float("-inf"))
     at = out + n[:, None].to(tl.int64) * o_n + d[None]

@@ -30,7 +30,8 @@ class Schedule:
         copied: int32 [B, S, Nk], the rest row that sees this key alone, and to which the last query block, which reads
             the key's value anyway, copies it; -1 = none.
         blocks: int32 [2, P, B, S, Q, K]: the partial (0) and the full (1) key blocks of each query block. Bit 24:
-            partial only because some keys are of another group.
+            partial only because some keys are of another group. From bit 26 on: 1 + the group that all of its keys are
+            of, or 0.
         counts: int32 [2, P, B, S, Q].
         soft_blocks, rest_blocks, left_blocks: blocks that hold rows of these kinds, at most.
         plain: so many query blocks, from the last one on, hold the rows that follow from their places alone: the last

@@ -198,10 +198,16 @@ def _plan(
             found = tl.load(state + kb, mask=kb < k_blocks, other=0)
             partial = (found % 2).to(tl.int32)
             full = (found == 2).to(tl.int32)
+            entry = kb + ((found == 3).to(tl.int32) << 24)
+            if KINDS > 1:
+                key = kb[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None]
+                of = tl.load(group + b.to(tl.int64) * keys + key, mask=key < keys, other=-1)
+                most = tl.max(of, 1)
+                entry += tl.where(tl.min(tl.where(key < keys, of, most[:, None]), 1) == most, most + 1, 0) << 26
             to = blocks + line.to(tl.int64) * k_blocks + tl.cumsum(partial, 0) - 1 + n_partial
-            tl.store(to, kb + ((found == 3).to(tl.int32) << 24), mask=partial != 0)
+            tl.store(to, entry, mask=partial != 0)
             to = blocks + (lines + line).to(tl.int64) * k_blocks + tl.cumsum(full, 0) - 1 + n_full
-            tl.store(to, kb, mask=full != 0)
+            tl.store(to, entry, mask=full != 0)
             n_partial += tl.sum(partial, 0)
             n_full += tl.sum(full, 0)
             first = tl.minimum(first, tl.min(tl.where(full != 0, kb, k_blocks), 0))

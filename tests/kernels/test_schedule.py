@@ -24,7 +24,7 @@ def listed(blocks: torch.Tensor, counts: torch.Tensor) -> dict[int, int]:
     found = {}
     for kind in (0, 1):
         for entry in blocks[kind, : counts[kind]].tolist():
-            found[entry & 0xFFFFFF] = 2 if kind else 3 if entry >> 24 else 1
+            found[entry & 0xFFFFFF] = 2 if kind else 3 if entry >> 24 & 1 else 1
     return found
 
 
