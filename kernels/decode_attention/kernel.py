@@ -219,7 +219,8 @@ def plan(
     parts = options.pop("PARTS", 0) or parts_for(programs, ceil_div(room, block_n), rows, device)
     lead = strides[3][0] if groups else 0
     numbers = (
-        *(n for each in strides[:3] for n in each[:3]), lead, *strides[3][-4:-1], group or 0, *(bias or (0,) * 3), *(factors or (0,) * 4),
+        *(n for each in strides[:3] for n in each[:3]), lead, *strides[3][-4:-1], group or 0, *(bias or (0,) * 3),
+        *(factors or (0,) * 4),
         *(gain or (0,) * 3), scale, batch, kv_heads, copies * batch * heads * new,
     )  # fmt: skip
     constants = (

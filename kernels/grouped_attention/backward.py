@@ -7,8 +7,6 @@ and the bias. Both evaluate only blocks that hold pairs. Here a row that sees it
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -186,19 +184,11 @@ def _of_keys(
     tl.store(at, acc_v.to(dv.dtype.element_ty), mask=inside)
 
 
-Sizes = tuple[int, int, int, int]
-
-
-def blocks_for(head_dim: int, dtype: torch.dtype) -> tuple[Sizes, Sizes]:
-    """Rows and keys of a block, warps and stages: of the kernel that sums over keys, and of the one over rows.
-
-    Two tiles of keys, two of rows and one or two sums have to fit a processor.
-    """
+def blocks_for(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows and keys of a block: two tiles of keys, two of rows and two sums have to fit a processor."""
     if dtype == torch.float32:
-        sizes = (16, 16, 4, 2) if head_dim > 128 else (32, 32, 4, 2)
-    else:
-        sizes = (32, 32, 4, 2) if head_dim > 128 else (64, 64, 8 if head_dim > 64 else 4, 2)
-    return sizes, sizes
+        return (16, 16) if head_dim > 128 else (32, 32)
+    return (32, 32) if head_dim > 128 else (64, 64)
 
 
 def grouped_attention_backward(
@@ -213,18 +203,19 @@ def grouped_attention_backward(
     bias: torch.Tensor | None,
     scale: float,
     bias_grad: bool,
-    sizes: tuple[Sizes, Sizes] | None = None,
+    blocks: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and bias (float32 [B, Hq, Nk], empty unless `bias_grad`) for a call without groups.
 
     Args:
         out, lse: what the call returned, lse float32 [B, Hq, Nq]; d_out, d_lse: the gradients of both.
         bias: [B, Hq, Nk].
-        sizes: in place of `blocks_for`.
+        blocks: rows and keys of a block, in place of `blocks_for`.
     """
     batch, heads, rows, dim = q.shape
     keys, kv_heads = k.shape[2], k.shape[1]
-    of_rows, of_keys = sizes or blocks_for(dim, q.dtype)
+    block_m, block_n = blocks or blocks_for(dim, q.dtype)
+    by_rows, by_keys = pairs_by_block(layout, block_m, block_n)
     d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
     bias_row = layout.role
     if bias is not None:
@@ -237,26 +228,22 @@ def grouped_attention_backward(
         layout.queries, layout.rules, layout.role if layout.head_pattern is None else layout.head_pattern,
         *layout.pair_facts, bias_row,
     )  # fmt: skip
+    sizes = (scale, batch, heads, rows, keys, ceil_div(rows, block_m), ceil_div(keys, block_n))
     settings = {
-        "REPEAT": heads // kv_heads, "D": dim, "BLOCK_D": max(16, power_above(dim)), "PATTERNS": len(layout.rules),
-        "BIAS": bias is not None, "PLACES": layout.page is not None, "SEGMENTS": layout.segment is not None,
-        "MASKED": layout.mask is not None, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "REPEAT": heads // kv_heads, "D": dim, "BLOCK_D": max(16, power_above(dim)), "BLOCK_M": block_m,
+        "BLOCK_N": block_n, "PATTERNS": len(layout.rules), "BIAS": bias is not None, "PLACES": layout.page is not None,
+        "SEGMENTS": layout.segment is not None, "MASKED": layout.mask is not None,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
-
-    def shape(block_m: int, block_n: int, warps: int, stages: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        numbers = scale, batch, heads, rows, keys, ceil_div(rows, block_m), ceil_div(keys, block_n)
-        return numbers, settings | {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    numbers, chosen = shape(*of_rows)
-    _of_rows[(numbers[5], batch * heads)](
-        q, k, v, out, d_out, lse, lse if d_lse is None else d_lse.contiguous(), delta, dq,
-        *pairs_by_block(layout, *of_rows[:2])[0], *facts, *strides, *out.stride()[:3], *d_out.stride()[:3],
-        *dq.stride()[:3], *bias_strides, *numbers, LSE=d_lse is not None, **chosen,
+    _of_rows[(sizes[5], batch * heads)](
+        q, k, v, out, d_out, lse, lse if d_lse is None else d_lse.contiguous(), delta, dq, *by_rows, *facts,
+        *strides, *out.stride()[:3], *d_out.stride()[:3], *dq.stride()[:3], *bias_strides, *sizes,
+        LSE=d_lse is not None, **settings,
     )  # fmt: skip
-    numbers, chosen = shape(*of_keys)
-    _of_keys[(numbers[6], batch * kv_heads)](
-        q, k, v, d_out, lse, delta, dk, dv, d_bias, *pairs_by_block(layout, *of_keys[:2])[1], *facts, *strides,
-        *d_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *bias_strides, *numbers, DBIAS=bias_grad, **chosen,
+    _of_keys[(sizes[6], batch * kv_heads)](
+        q, k, v, d_out, lse, delta, dk, dv, d_bias, *by_keys, *facts,
+        *strides, *d_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *bias_strides, *sizes,
+        DBIAS=bias_grad, **settings,
     )  # fmt: skip
     return dq, dk, dv, d_bias

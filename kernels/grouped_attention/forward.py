@@ -33,17 +33,11 @@ class Inputs(NamedTuple):
         )
 
 
-def tuning(block_m: int, head_dim: int, dtype: torch.dtype, places: bool, stores: bool = False) -> dict[str, int]:
-    """Warps and pipeline stages for blocks of `block_m` rows.
-
-    Args:
-        places: the pattern compares places.
-        stores: rows are also stored while keys are loaded, which takes shared memory from the pipeline.
-    """
+def tuning(block_m: int, head_dim: int, dtype: torch.dtype, places: bool) -> dict[str, int]:
+    """Warps and pipeline stages for blocks of `block_m` rows; `places`: the pattern compares places."""
     if dtype == torch.float32:
         return {"num_warps": 4, "num_stages": 1 if head_dim > 128 else 2}
-    few = head_dim > 128 or places or stores
-    return {"num_warps": 8 if block_m * head_dim > 8192 else 4, "num_stages": 2 if few else 3}
+    return {"num_warps": 8 if block_m * head_dim > 8192 else 4, "num_stages": 2 if head_dim > 128 or places else 3}
 
 
 def parts_for(programs: int, longest: int, device: torch.device) -> int:
@@ -131,23 +125,22 @@ def _prepare(
         *((0, 0) if bias is None else bias.stride()[:2]), *((0,) * 4 if logit_map is None else logit_map.stride()),
         *((0,) * 3 if gain is None else gain.stride()),
     )  # fmt: skip
-    settings = tuning(made.block_m, dim, q.dtype, layout.page is not None, groups > 1 and parts == 1) | override
+    settings = tuning(made.block_m, dim, q.dtype, layout.page is not None) | override
     shared = (
         made.lists, made.copied, made.blocks, made.counts, layout.rules,
         spare if layout.head_pattern is None else layout.head_pattern, *layout.pair_facts,
     )  # fmt: skip
     fixed = (
         *[t.data_ptr() for t in shared], *strides, scale,
-        batch, heads, rows, k.shape[2], made.lists.shape[-1], *made.blocks.shape[-2:], made.soft_blocks, made.plain,
+        batch, heads, rows, k.shape[2], made.lists.shape[-1], *made.blocks.shape[-2:], made.soft_blocks,
         made.blocks.shape[1],
         heads // k.shape[1], dim, max(16, power_above(dim)), made.block_m, made.block_n, len(layout.rules), groups,
         parts, logit_map is not None, bias is not None, gain is not None, lse, copies,
-        made.contiguous and logit_map is None,        layout.page is not None, layout.segment is not None, layout.mask is not None,
-        "ieee" if q.dtype == torch.float32 else "tf32",
+        made.contiguous and logit_map is None, layout.page is not None, layout.segment is not None,
+        layout.mask is not None, "ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     rest_blocks = made.left_blocks if copies else made.rest_blocks
-    # one program takes all groups of a query block, unless its keys are split
-    grid = ((made.soft_blocks * (parts * groups if parts > 1 else 1) + rest_blocks) * batch * heads, 1, 1)
+    grid = ((made.soft_blocks * parts * groups + rest_blocks) * batch * heads, 1, 1)
     room = tasks * parts * made.block_m * (dim + 1) if parts > 1 else 0
     options = {name: settings[name] for name in ("num_warps", "num_stages")}
     run: Callable[..., Any] | None = None

@@ -41,16 +41,20 @@ def unit(scale, MAP: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    x, facts, own, n, entry, some, k, v, k_n, v_n, rules, known, keys, shaping, scale, wanted,
+def _step(
+    x, top, total, acc, facts, own, n, entry, some, k, v, k_n, v_n, rules, known, keys, shaping, scale, wanted,
+    copied, copies, out, o_n,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, MAP: tl.constexpr,
-    BIAS: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, COPIES: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits and values of the key block of a list's `entry`; `some`: not all of its pairs exist."""
+    """The key block of a list's `entry` in the running softmax; `some`: not all of its pairs exist."""
     d = tl.arange(0, BLOCK_D)
     key = (entry & 0xFFFFFF) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = key < keys
     groups = known[5]
+    if COPIES:
+        to = tl.load(copied + key, mask=key < copies, other=-1)
     place = tl.minimum(key, keys - 1).to(tl.int64)  # cheaper than a mask; what lies behind the end is no pair
     at_k = k + place[None] * k_n + d[:, None]
     at_v = v + place[:, None] * v_n + d[None]
@@ -79,19 +83,16 @@ def _tile(
     if some:
         ok = pairs(facts, own, key, n, rules, known, keys, PLACES, SEGMENTS, MASKED)
         logit = tl.where(ok, logit, float("-inf"))
-    return logit, z
-
-
-@triton.jit
-def _add(top, total, acc, logit, z, scale, MAP: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):
-    """One key block more in the running softmax: its maximum, its sum and the sum of values."""
     new = tl.maximum(top, tl.max(logit, 1))
     safe = tl.where(new == float("-inf"), 0.0, new)
     power = unit(scale, MAP, BIAS)
     weight = tl.exp2(logit * power - (safe * power)[:, None])
     fade = tl.exp2((top - safe) * power)
     total = total * fade + tl.sum(weight, 1)
-    return new, total, tl.dot(weight.to(z.dtype), z, acc * fade[:, None], input_precision=PRECISION)
+    acc = tl.dot(weight.to(z.dtype), z, acc * fade[:, None], input_precision=PRECISION)
+    if COPIES:
+        tl.store(out + to[:, None].to(tl.int64) * o_n + d[None], z, mask=(to >= 0)[:, None] & (d < D)[None])
+    return new, total, acc
 
 
 @triton.jit
@@ -115,9 +116,8 @@ def _merged(
         top = tl.load(levels + spot, cache_modifier=".cg")
         for other in tl.static_range(1, PARTS):
             of = levels + spot + other * BLOCK_M
-            top = tl.maximum(
-                top, tl.load(of, mask=m * 0 + other < parts, other=float("-inf"), cache_modifier=".cg")
-            )
+            here = tl.load(of, mask=m * 0 + other < parts, other=float("-inf"), cache_modifier=".cg")
+            top = tl.maximum(top, here)
         safe = tl.where(top == float("-inf"), 0.0, top)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -135,21 +135,18 @@ def _merged(
 
 
 @triton.jit
-def _rows(lists, bs, block, plain, rows, padded, step, q_blocks, BLOCK_M: tl.constexpr):
-    """Rows of a query block, their own keys and rules; those of the last `plain` blocks need no wait for a list."""
-    slot = (q_blocks - 1 - block) * BLOCK_M + tl.arange(0, BLOCK_M)
-    at = lists + bs * padded + slot
-    known = slot + (rows - padded)
-    asked = slot * 0 + block >= plain
-    listed = tl.load(at, mask=asked, other=-1)  # masked off, it costs no wait
-    n = tl.where(asked, listed, tl.where(known >= 0, known, -1))
-    return n, tl.load(at + 5 * step), tl.load(at + 6 * step)
+def _entry(all_blocks, some_blocks, start, i, full, real, CONTIGUOUS: tl.constexpr):
+    """Entry i of the lists of a query block: those of full key blocks, which may follow each other, come first."""
+    if CONTIGUOUS:  # a load that is masked off costs no wait
+        return tl.where(i < full, start + i, tl.load(some_blocks + (i - full), mask=(i >= full) & real, other=0))
+    else:
+        return tl.load(tl.where(i < full, all_blocks + i, some_blocks + (i - full)), mask=real, other=0)
 
 
 @triton.jit
 def _soft_rows(
     item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied, blocks, counts, rules, known, shaping,
-    gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, plain,
+    gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks,
     kinds,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
     GROUPS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
@@ -162,7 +159,11 @@ def _soft_rows(
     g = item // PARTS % GROUPS
     block = item // (PARTS * GROUPS)
     qb = q_blocks - 1 - block
-    n, own, rule = _rows(lists, bs, block, plain, rows, padded, batch * PATTERNS * padded, q_blocks, BLOCK_M)
+    slots = lists + bs * padded + qb * BLOCK_M
+    rows_of = batch * PATTERNS * padded
+    n = tl.load(slots + tl.arange(0, BLOCK_M))
+    own = tl.load(slots + 5 * rows_of + tl.arange(0, BLOCK_M))
+    rule = tl.load(slots + 6 * rows_of + tl.arange(0, BLOCK_M))
     lines = kinds * batch * PATTERNS * q_blocks
     line = (bs + (g + 1 if GROUPS > 1 else 0) * batch * PATTERNS) * q_blocks + qb
     partial = tl.load(counts + line)
@@ -184,21 +185,15 @@ def _soft_rows(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    ahead = _entry(all_blocks, some_blocks, start, first, full, first < stop, CONTIGUOUS)
     for i in range(first, stop):
-        if CONTIGUOUS:  # a load that is masked off costs no wait
-            entry = tl.where(i < full, start + i, tl.load(some_blocks + (i - full), mask=i >= full, other=0))
-        else:
-            entry = tl.load(tl.where(i < full, all_blocks + i, some_blocks + (i - full)))
-        if COPIES:
-            key = (entry & 0xFFFFFF) * BLOCK_N + tl.arange(0, BLOCK_N)
-            to = tl.load(copied + key, mask=key < copies, other=-1)
-        logit, z = _tile(
-            x, facts, own, n, entry, i >= full, k, v, k_n, v_n, rules, known, keys, shaping, scale, g, D, BLOCK_D, BLOCK_N,
-            GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, PRECISION,
+        entry = ahead  # of the block after this one, so that its keys are not waited for
+        ahead = _entry(all_blocks, some_blocks, start, i + 1, full, i + 1 < stop, CONTIGUOUS)
+        top, total, acc = _step(
+            x, top, total, acc, facts, own, n, entry, i >= full, k, v, k_n, v_n, rules, known, keys, shaping,
+            scale, g, copied, copies, out, o_n, D, BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, COPIES, PLACES,
+            SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip
-        top, total, acc = _add(top, total, acc, logit, z, scale, MAP, BIAS, PRECISION)
-        if COPIES:
-            tl.store(out + to[:, None].to(tl.int64) * o_n + d[None], z, mask=(to >= 0)[:, None] & (d < D)[None])
     factor = 1.0 / tl.where(total == 0, 1.0, total)
     if GAIN:
         factor *= tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)
@@ -220,90 +215,6 @@ def _soft_rows(
         tl.store(at, acc.to(out.dtype.element_ty), mask=used[:, None] & (d < D)[None])
         if LSE:
             tl.store(lse + n, level * 0.6931471805599453, mask=used)
-
-
-@triton.jit
-def _finish(
-    top, total, acc, g, bh, out, lse, n, o_g, o_n, used, factor, scale, batch, heads, rows,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, LSE: tl.constexpr,
-):  # fmt: skip
-    """Store what a running softmax over group g left, and with LSE its log-sum-exp."""
-    d = tl.arange(0, BLOCK_D)
-    acc = acc * (factor / tl.where(total == 0, 1.0, total))[:, None]
-    at = out + g * o_g + n[:, None].to(tl.int64) * o_n + d[None]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=used[:, None] & (d < D)[None])
-    if LSE:
-        level = tl.where(total == 0, float("-inf"), top * unit(scale, MAP, BIAS) + tl.log2(total))
-        to = lse + (g * batch * heads + bh).to(tl.int64) * rows + n
-        tl.store(to, level * 0.6931471805599453, mask=used)
-
-
-@triton.jit
-def _length(counts, line, lines, g, stride, GROUPS: tl.constexpr):
-    """How many key blocks of group g a query block sees, and how many of them in full; none of a group too many."""
-    mask = g < GROUPS
-    full = tl.load(counts + lines + line + g * stride, mask=mask, other=0)
-    return full, full + tl.load(counts + line + g * stride, mask=mask, other=0)
-
-
-@triton.jit
-def _group_rows(
-    block, bh, b, bs, q, k, v, out, lse, lists, blocks, counts, rules, known, shaping, gain, q_n, k_n, v_n, o_g, o_n,
-    gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, plain, kinds,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
-    GROUPS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr, LSE: tl.constexpr,
-    PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One query block over all its keys, one group after the other in a single loop, so that the pipeline stays full."""
-    d = tl.arange(0, BLOCK_D)
-    qb = q_blocks - 1 - block
-    n, own, rule = _rows(lists, bs, block, plain, rows, padded, batch * PATTERNS * padded, q_blocks, BLOCK_M)
-    stride = batch * PATTERNS * q_blocks
-    lines = kinds * stride
-    line = (bs + batch * PATTERNS) * q_blocks + qb
-    full0, end0 = _length(counts, line, lines, 0, stride, GROUPS)
-    full1, end1 = _length(counts, line, lines, 1, stride, GROUPS)
-    full2, end2 = _length(counts, line, lines, 2, stride, GROUPS)
-    full3, end3 = _length(counts, line, lines, 3, stride, GROUPS)
-    end1 += end0
-    end2 += end1
-    end3 += end2
-    used = n >= 0
-    x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=used[:, None] & (d < D)[None], other=0.0)
-    facts = ruled_facts(own, rule, known, PLACES, SEGMENTS)
-    factor = tl.full([BLOCK_M], 1.0, tl.float32)
-    if GAIN:
-        factor = tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    last = 0
-    for i in range(0, end3):
-        g = (i >= end0).to(tl.int32) + (i >= end1).to(tl.int32) + (i >= end2).to(tl.int32)
-        end = tl.where(g == 0, end0, tl.where(g == 1, end1, tl.where(g == 2, end2, end3)))
-        at = i - tl.where(g == 0, 0, tl.where(g == 1, end0, tl.where(g == 2, end1, end2)))
-        full = tl.where(g == 0, full0, tl.where(g == 1, full1, tl.where(g == 2, full2, full3)))
-        some = at >= full
-        here = (line + g * stride).to(tl.int64) * k_blocks
-        entry = tl.load(blocks + here + tl.where(some, at - full, lines.to(tl.int64) * k_blocks + at))
-        logit, z = _tile(
-            x, facts, own, n, entry, some, k, v, k_n, v_n, rules, known, keys, shaping, scale, g, D,
-            BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, PLACES, SEGMENTS, MASKED, PRECISION,
-        )  # fmt: skip
-        if (at == 0) & (i > 0):  # here, and not at the end of the group, its last product need not be waited for
-            _finish(top, total, acc, last, bh, out, lse, n, o_g, o_n, used, factor, scale, batch, heads, rows, D,
-                    BLOCK_D, MAP, BIAS, LSE)  # fmt: skip
-            top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # what is summed so far fades to nothing
-        top, total, acc = _add(top, total, acc, logit, z, scale, MAP, BIAS, PRECISION)
-        last = g
-    if end3 > 0:
-        _finish(top, total, acc, last, bh, out, lse, n, o_g, o_n, used, factor, scale, batch, heads, rows, D, BLOCK_D,
-                MAP, BIAS, LSE)  # fmt: skip
-    for g in tl.static_range(GROUPS):
-        if _length(counts, line, lines, g, stride, GROUPS)[1] == 0:
-            _finish(tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32),
-                    tl.zeros([BLOCK_M, BLOCK_D], tl.float32), g, bh, out, lse, n, o_g, o_n, used, factor, scale, batch,
-                    heads, rows, D, BLOCK_D, MAP, BIAS, LSE)  # fmt: skip
 
 
 @triton.jit
@@ -350,7 +261,7 @@ def _forward(
     lists, copied, blocks, counts, rules, head_pattern, role, page, row, col, segment, group, mask,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_g, o_b, o_h, o_n, bias_b, bias_h, map_f, map_b,
     map_h, map_g, gain_b, gain_h, gain_n, scale,
-    batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, plain, kinds,
+    batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds,
     REPEAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PATTERNS: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
     GAIN: tl.constexpr, LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
@@ -373,21 +284,14 @@ def _forward(
     factors += b.to(tl.int64) * map_b + h * map_h
     known = known_of(role, page, row, col, segment, group, mask, b, keys, rows)
     shaping = (bias, factors, map_f, map_g)
-    soft_items = soft_blocks * (PARTS * GROUPS if PARTS > 1 else 1)
+    soft_items = soft_blocks * (PARTS * GROUPS)
     if item < soft_items:
-        if GROUPS > 1 and PARTS == 1:
-            _group_rows(
-                item, bh, b, bs, q, k, v, out, lse, lists, blocks, counts, rules, known, shaping, gain, q_n, k_n, v_n,
-                o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, plain, kinds, D, BLOCK_D,
-                BLOCK_M, BLOCK_N, PATTERNS, GROUPS, MAP, BIAS, GAIN, LSE, PLACES, SEGMENTS, MASKED, PRECISION,
-            )  # fmt: skip
-        else:
-            _soft_rows(
-                item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied + bs.to(tl.int64) * keys,
-                blocks, counts, rules, known, shaping, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads,
-                rows, keys, padded, q_blocks, k_blocks, soft_blocks, plain, kinds, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS,
-                GROUPS, PARTS, MAP, BIAS, GAIN, LSE, COPIES, CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
-            )  # fmt: skip
+        _soft_rows(
+            item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied + bs.to(tl.int64) * keys,
+            blocks, counts, rules, known, shaping, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads,
+            rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS,
+            GROUPS, PARTS, MAP, BIAS, GAIN, LSE, COPIES, CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
+        )  # fmt: skip
     else:
         line = batch * PATTERNS * padded
         slots = lists + (3 if COPIES else 1) * line + bs * padded + (item - soft_items) * BLOCK_M

@@ -26,7 +26,7 @@ class Schedule:
         block_m, block_n: rows of a query block, keys of a key block.
         lists: int32 [7, B, S, Q * block_m]; -1 = none. 0: soft rows, the last one in the last place, so that blocks
             of rows that see most are full. 1, 2: rest rows, and the one key each sees (-1 = nothing). 3, 4: like 1 and
-            2, without the rows of `copied`. 5, 6: own key and rule of the rows in 0, so that one wait fetches all three.
+            2, without the rows of `copied`. 5, 6: own keys and rules of the rows in 0: one wait fetches all three.
         copied: int32 [B, S, Nk], the rest row that sees this key alone, and to which the last query block, which reads
             the key's value anyway, copies it; -1 = none.
         blocks: int32 [2, P, B, S, Q, K]: the partial (0) and the full (1) key blocks of each query block. Bit 24:
@@ -34,8 +34,6 @@ class Schedule:
             of, or 0.
         counts: int32 [2, P, B, S, Q].
         soft_blocks, rest_blocks, left_blocks: blocks that hold rows of these kinds, at most.
-        plain: so many query blocks, from the last one on, hold the rows that follow from their places alone: the last
-            place has the last row, and so on.
         longest: key blocks of one query block, at most; work: key blocks of all query blocks.
         contiguous: the full key blocks of every query block follow each other.
         launches: what is known about earlier calls with this schedule, so that later ones start faster.
@@ -50,7 +48,6 @@ class Schedule:
     soft_blocks: int
     rest_blocks: int
     left_blocks: int
-    plain: int
     longest: int
     work: int
     contiguous: bool
@@ -142,7 +139,7 @@ def make_layout(
 ) -> Layout:
     """Plan the attention of a prompt, once for all layers.
 
-    Tokens stand in prompt order; "before" and "after" mean that order. Reads eight integers back from the device,
+    Tokens stand in prompt order; "before" and "after" mean that order. Reads seven integers back from the device,
     unless not `exact`.
 
     Args:

@@ -1,4 +1,4 @@
-"""The plan of blocks, computed on the device: one small kernel and one read of eight integers."""
+"""The plan of blocks, computed on the device: one small kernel and one read of seven integers."""
 
 from __future__ import annotations
 
@@ -142,9 +142,6 @@ def _plan(
         if kind == 0:
             tl.store(soft + 5 * step + slot, own)
             tl.store(soft + 6 * step + slot, rule)
-            expected = slot + (rows - padded)
-            other = tl.max((n != tl.where(expected >= 0, expected, -1)).to(tl.int32), 0)
-            tl.atomic_max(needs + 7, other * (qb + 1))
         state += line.to(tl.int64) * k_blocks
         low = tl.min(tl.where(n >= 0, own, keys), 0)
         high = tl.max(own, 0)
@@ -264,7 +261,7 @@ def schedule(layout: Layout, block_m: int, block_n: int, exact: bool) -> Layout:
     copied = torch.empty(batch, patterns, keys, dtype=torch.int32, device=device)
     blocks = torch.empty(2, kinds, batch, patterns, q_blocks, k_blocks, dtype=torch.int32, device=device)
     counts = torch.empty(2, kinds, batch, patterns, q_blocks, dtype=torch.int32, device=device)
-    needs = torch.zeros(8, dtype=torch.int32, device=device)
+    needs = torch.zeros(7, dtype=torch.int32, device=device)
     state = torch.empty(kinds, batch, patterns, q_blocks, k_blocks, dtype=torch.int8, device=device)
     launch(
         _plan,
@@ -278,11 +275,10 @@ def schedule(layout: Layout, block_m: int, block_n: int, exact: bool) -> Layout:
         num_warps=8,
     )  # fmt: skip
     if exact:
-        n_soft, n_rest, n_left, partial, full, gaps, work, apart = needs.tolist()
+        n_soft, n_rest, n_left, partial, full, gaps, work = needs.tolist()
     else:
         n_soft = n_rest = n_left = rows
         partial, full, gaps, work = 0, k_blocks, 1, batch * patterns * q_blocks * k_blocks
-        apart = q_blocks
     made = Schedule(
         block_m=block_m,
         block_n=block_n,
@@ -293,7 +289,6 @@ def schedule(layout: Layout, block_m: int, block_n: int, exact: bool) -> Layout:
         soft_blocks=ceil_div(n_soft, block_m),
         rest_blocks=ceil_div(n_rest, block_m),
         left_blocks=ceil_div(n_left, block_m),
-        plain=q_blocks - apart,
         longest=partial + full,
         work=work,
         contiguous=not gaps,
