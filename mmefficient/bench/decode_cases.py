@@ -73,5 +73,5 @@ def score_cases(variants: bool) -> Iterator[Case]:
     yield Case("compact", "1x32 2880 -> 1/4", "two index_select", lambda: (p.k[:, :, index], p.v[:, :, index]))
 
 
-def first(run: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def first(run: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
     return run()[0]
