@@ -187,7 +187,7 @@ def _soft_rows(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     ahead = _entry(all_blocks, some_blocks, start, first, full, first < stop, CONTIGUOUS)
     for i in range(first, stop):
-        entry = ahead  # of the block after this one, so that its keys are not waited for
+        entry = ahead  # the next one is fetched a block early, so that its keys are not waited for
         ahead = _entry(all_blocks, some_blocks, start, i + 1, full, i + 1 < stop, CONTIGUOUS)
         top, total, acc = _step(
             x, top, total, acc, facts, own, n, entry, i >= full, k, v, k_n, v_n, rules, known, keys, shaping,
