@@ -27,13 +27,13 @@ class Blind:
         flash: bool,
     ) -> None:
         """`hidden` [B, S, D], and `mask`, are what the first decoder layer is given, before any reducer acts."""
-        length, self.drafts = hidden.shape[1], prefill.facts.drafts
+        length = hidden.shape[1]
         state = PromptState(prefill.state.plan, prefill.state.mode, prefill.state.tokens)
         twin = Prefill(state, prefill.facts, None, simulate=False)
         assert prefill.rope is not None
         twin.enter(prefill.rope, None)
         self.hidden = twin.reduce(Exit(layer=0), 0, hidden, parts)
-        segment = twin.segment
+        segment, self.last = twin.segment, twin.last
         assert segment is not None
         place = torch.arange(segment.slots, device=hidden.device).expand(len(hidden), -1)
         if segment.valid is not None:
@@ -47,4 +47,4 @@ class Blind:
         device = next(layers[index].parameters()).device
         cos, sin = (table.to(device) for table in self.rope)
         options = {"attention_mask": self.mask, "position_embeddings": (cos, sin), "use_cache": False}
-        self.hidden = layers[index](self.hidden.to(device), **options, **{KEY: Aside(decide, self.drafts)})
+        self.hidden = layers[index](self.hidden.to(device), **options, **{KEY: Aside(decide, self.last)})

@@ -10,7 +10,7 @@ from transformers import Cache
 
 from mmefficient.cache import written_rows
 from mmefficient.errors import InputError
-from mmefficient.masks import Segment, seen_by_last
+from mmefficient.masks import Segment, hiding, seen_by_last
 from mmefficient.modulation import Modulation
 from mmefficient.offer import LAST, Asker
 from mmefficient.points import Reducer
@@ -105,7 +105,7 @@ class Call:
             unseen = []
             if mask is not None:
                 seen = seen_by_last(mask).to(key.device).expand(batch, -1)
-                unseen = [torch.zeros(seen.shape, device=key.device).masked_fill_(~seen, float("-inf"))[:, None]]
+                unseen = [hiding(seen)]
             self._stored = (mask, keys, lengths, unseen)
         return self._stored[2], self._stored[3]
 

@@ -83,6 +83,11 @@ class Executor:
         if self.planned:  # they ask how many visual tokens are left
             self.scopes.add("prompt")
 
+    @property
+    def acting(self) -> bool:
+        """Whether anything acts on a prompt with images while the language model reads it."""
+        return bool(self.reducers or self.modulated or self.planned)
+
     def _text_configs(self) -> list[Any]:
         found = [self.adapter.decoder.config, self.adapter.config.get_text_config(decoder=True)]
         found += [getattr(getattr(layer, "self_attn", None), "config", None) for layer in self.adapter.layers]
@@ -141,6 +146,11 @@ class Executor:
                 raise PlanError(
                     f"{self.modulated[index][0]} changes attention in layer {index}, in which {self.run.plan} has "
                     "visual rows do less; give them different layers."
+                )
+            if plan is not None and index < self.blind_until:
+                raise PlanError(
+                    f"{self.run.plan} has visual rows do less in layer {index}, beside which the prompt is also read "
+                    "without its image; give them later layers."
                 )
             if plan is not None:
                 check_layer(layer, plan, self.adapter, self.flash)

@@ -129,3 +129,8 @@ def seen_by_last(mask: torch.Tensor) -> torch.Tensor:
     """bool [B, K]: the keys that the last row sees, from a mask as attention functions get it."""
     mask = mask if mask.ndim == 2 else mask[:, 0, -1]
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def hiding(seen: torch.Tensor) -> torch.Tensor:
+    """A bias [B, 1, K] that hides the keys that are not `seen`, bool [B, K]."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))[:, None]

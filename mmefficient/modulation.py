@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 GROUPING = frozenset({"map", "mix"})
 Rows = Literal["all", "answer", "last"]
-Mix = Callable[[torch.Tensor], torch.Tensor]
 Gain = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class LayerPrompt:
     """One prompt in one decoder layer: B rows of the batch, n slots each. No tensor here is [n, n].
+
+    Behind a row's last token there may be slots of text that nothing sees: drafts, or what fills up a recorded program.
 
     Attributes:
         layer: index of the decoder layer.
@@ -55,6 +56,27 @@ class LayerPrompt:
 
 
 @dataclass(frozen=True, eq=False)
+class Mix:
+    """New masses of the key groups under the softmax; each group keeps its own distribution. See `kernels.group_mix`.
+
+    Attributes:
+        where: bool [B, Hq or 1], the heads it may act in.
+        move: float32 [groups, groups], the new masses are move @ masses.
+        least: float32 [conditions, groups + 1]: it acts in rows in which the masses times least[:, :-1] reach
+            least[:, -1].
+    """
+
+    where: torch.Tensor
+    move: torch.Tensor
+    least: torch.Tensor
+
+    @classmethod
+    def of(cls, where: torch.Tensor, move: Sequence[Sequence[float]], least: Sequence[Sequence[float]]) -> Mix:
+        """With the numbers as they are written."""
+        return cls(where, torch.tensor(move, device=where.device), torch.tensor(least, device=where.device))
+
+
+@dataclass(frozen=True, eq=False)
 class Change:
     """What a modulation does in one layer; every default is the identity. B, Hq and n as in `LayerPrompt`.
 
@@ -62,11 +84,13 @@ class Change:
         bias: added to the logits of every key, broadcastable to [B, Hq, n]; keys that come later get 0.
         logit_map: (a, b, c) per head and key group, float32 [3, B or 1, Hq or 1, groups]: a logit s becomes
             a * s + b * |s| + c.
-        mix: from the mass that each key group has under the softmax, [groups, B, Hq, R] for R rows, to the mass it
-            shall have; each group keeps its own distribution.
+        mix: how attention moves between key groups.
         gain: factor on each head's output: [B, Hq], or a function of the rows' queries [B, Hq, R, d] that gives
             [B, Hq, R].
         blind_too: the gain also acts on the prompt without its visual tokens (see `LayerPrompt.blind`).
+
+    A gain that is a function holds its tensors as arguments of a `functools.partial`: there they are found when the
+    change is stored.
     """
 
     bias: torch.Tensor | None = None
@@ -100,6 +124,9 @@ class Modulation(Method):
     many_turns: ClassVar[bool] = False  # it is asked about whole prompts
     per_layer: ClassVar[bool] = False
     """Whether `group` differs from layer to layer, even where the layers hold the same tokens."""
+    recordable: ClassVar[bool] = True
+    """Whether the method can be part of a recorded program: it does not wait for the device, and what it does depends
+    on the prompt through the values of tensors alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

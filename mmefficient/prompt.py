@@ -16,7 +16,7 @@ from mmefficient.points import Scope, VisualWork
 from mmefficient.tokens import Role, TokenMap
 
 if TYPE_CHECKING:
-    from mmefficient.steering import Part
+    from mmefficient.steered import Part
 
 
 @dataclass
@@ -62,10 +62,9 @@ class HostFacts:
         images: the most images a row has.
         drafts: tokens at the end that assisted decoding proposes; they are read with the prompt but are none of it.
         last: int64 [B], the last prompt token of each row; None = the last position everywhere.
-        behind: positions from the earliest of those to the end.
         answers: positions from the earliest text after a last image to the end; 0 = no row has any.
-        tail: int64 [B], tokens behind it that stay in all layers (drafts, or the filling of a bucket); None = no row
-            has any.
+        tail: int64 [B], tokens behind `last` that stay in all layers (drafts, or the filling of a bucket); None = there
+            are none.
         separators: the most learned line breaks a row has, where how many stay must not be asked for; else None.
     """
 
@@ -76,7 +75,6 @@ class HostFacts:
     images: int
     drafts: int
     last: torch.Tensor | None
-    behind: int
     answers: int
     tail: torch.Tensor | None = None
     separators: int | None = None
@@ -97,7 +95,6 @@ class HostFacts:
             images=int(tokens.image.max()) + 1,
             drafts=drafts,
             last=None if bool((last == real.shape[1] - 1).all()) else last.to(device),
-            behind=real.shape[1] - int(last.min()),
             answers=real.shape[1] - int(after[0]) if len(after) else 0,
             tail=torch.full((len(last),), drafts, device=device) if drafts else None,
         )

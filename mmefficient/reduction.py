@@ -34,7 +34,6 @@ class Prefill:
         hidden: [B, n, D], what enters the current layer.
         key_bias: float32 [B, n] or None, added to the logits of every key from this layer on.
         blind: the prompt without its visual tokens, if a method asked for it.
-        behind: slots from the earliest last prompt token to the end.
         slots: where text and visual rows are in the segment; None = nobody asked.
     """
 
@@ -48,7 +47,7 @@ class Prefill:
         self.asking = Asking(facts.question)
         self.slots: Slots | None = None
         self._whole: Segment | None = None
-        self.last, self.behind = facts.last, facts.behind
+        self.last = facts.last
         self.hidden: torch.Tensor | None = None
         self.key_bias: torch.Tensor | None = None
         self.blind: Blind | None = None
@@ -275,7 +274,6 @@ class Prefill:
             self.position = self.position.expand(len(order), -1).gather(1, order)
         for asker, scores in self.scores.items():
             self.scores[asker] = scores.to(order.device).gather(1, order)
-        self.behind = 1 + self.facts.drafts
         if self.key_bias is not None:
             self.key_bias = self.key_bias.gather(1, order)
         tail = self.facts.tail

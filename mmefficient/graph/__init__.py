@@ -90,10 +90,11 @@ def _refusal(executor: Executor) -> str | None:
         return "the model is not on one CUDA device or the CPU"
     if executor.run.mode != "apply":
         return "simulating removes no tokens"
-    if executor.modulated:
-        return "the plan changes what layers compute"
     if not all(plan.recordable for plan in executor.planned.values()):
         return "the plan treats visual rows as the programs do not"
+    for modulation in {each for found in executor.modulated.values() for each in found}:
+        if not modulation.recordable:
+            return f"{modulation.name} cannot be recorded"
     if executor.stream is not None:
         return "the plan runs a second stream"
     for method in executor.reducers:

@@ -7,7 +7,8 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -130,6 +131,7 @@ class CudaGraphs:
 class _Captured:
     inputs: dict[str, torch.Tensor]
     recording: Recording
+    taken: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Captures:
@@ -161,7 +163,14 @@ class Captures:
         """Forget all recordings, because something they refer to has moved."""
         self._found.clear()
 
-    def run(self, key: Key, body: Body, inputs: Inputs, plain: Callable[[], Any] | None = None) -> Any:
+    def run(
+        self,
+        key: Key,
+        body: Body,
+        inputs: Inputs,
+        plain: Callable[[], Any] | None = None,
+        lasting: Inputs = MappingProxyType({}),
+    ) -> Any:
         """Run `body` on `inputs`; what it returns is borrowed until the next call with this key.
 
         Args:
@@ -169,19 +178,23 @@ class Captures:
                 of program: when one cannot be recorded, no other of its kind is tried.
             inputs: tensors on any device.
             plain: what to do instead of `body(inputs)` while nothing is recorded.
+            lasting: further inputs of `body`, which keep their values: the same tensor is not copied again.
 
         Raises:
             ModelError: `strict`, and the program cannot be recorded.
         """
-        kind, key = key[0], _with_shapes(key, inputs)
+        given = {**inputs, **lasting}
+        kind, key = key[0], _with_shapes(key, given)
         found = self._found.get(key)
         if found is None and self.recorder is not None and self._refused.isdisjoint((kind, key)):
-            found = self._record(kind, key, body, inputs) if self._seen_before(key) else None
+            found = self._record(kind, key, body, given) if self._seen_before(key) else None
         if found is None:
-            return body(inputs) if plain is None else plain()
+            return body(given) if plain is None else plain()
         self._found.move_to_end(key)
-        for name, tensor in inputs.items():
-            found.inputs[name].copy_(tensor, non_blocking=True)
+        for name, tensor in given.items():
+            if found.taken.get(name) is not tensor:
+                found.inputs[name].copy_(tensor, non_blocking=True)
+        found.taken = dict(lasting)
         found.recording.replay()
         return found.recording.outputs
 

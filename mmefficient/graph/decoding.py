@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from mmefficient.graph.block import attention, block, product
 from mmefficient.graph.capture import Inputs
+from mmefficient.graph.steered import Kept
 from mmefficient.kernels.decode_attention import decode_attention
+from mmefficient.steered import new_rows
 
 if TYPE_CHECKING:
     from mmefficient.graph.engine import Engine
@@ -26,6 +29,7 @@ class Session:
         starts: by group, whether some rows start behind place 0.
         state: int64 [1 + 2G + P, B]: steps done; by group the next place and the first real one; the next position.
         room: by group, places that programs may look at; done: steps done.
+        kept: what modulations do to later rows, if any.
     """
 
     group: tuple[int, ...]
@@ -34,14 +38,21 @@ class Session:
     starts: tuple[bool, ...]
     state: torch.Tensor
     room: tuple[int, ...]
+    kept: Kept | None = None
     done: int = 0
 
 
 def step(engine: Engine, session: Session, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [B, V] after `tokens` [B, 1], borrowed until the next step."""
-    key = (("step",), session.group, session.room, session.starts, len(session.state))
-    inputs = {"tokens": tokens, "state": session.state}
-    out: torch.Tensor = engine.captures.run(key, lambda given: _step(engine, session, given), inputs)
+    kept = session.kept
+    program = ("step",) if kept is None else ("step", kept.plan, kept.key)
+    key = (program, session.group, session.room, session.starts, len(session.state))
+    out: torch.Tensor = engine.captures.run(
+        key,
+        lambda given: _step(engine, session, given),
+        {"tokens": tokens, "state": session.state},
+        lasting={} if kept is None else {"facts": kept.facts},
+    )
     session.state[0] += 1
     session.done += 1
     return out
@@ -56,10 +67,15 @@ def _step(engine: Engine, session: Session, inputs: Inputs) -> torch.Tensor:
     hidden = engine.embed(tokens)
     rope = engine.rotary(hidden, (state[1 + 2 * groups :] + done)[..., None])
     attends = [_attend(engine, session, index, lengths[index], starts[index]) for index in range(groups)]
+    steered = {} if session.kept is None else session.kept.at(inputs["facts"])
     for index, layer in enumerate(engine.adapter.layers):
         kind = session.group[index]
         room = engine.store.rows(index, batch, session.room[kind])
-        hidden = block(layer, hidden, rope, *room, slots[kind], attends[kind])
+        attend = attends[kind]
+        if index in steered:
+            first = starts[kind] if session.starts[kind] else None
+            attend = partial(new_rows, steered[index], lengths=lengths[kind], starts=first)
+        hidden = block(layer, hidden, rope, *room, slots[kind], attend)
     (logits,) = product(hidden, (engine.head,), engine.adapter.decoder.norm)
     return logits[:, 0]
 

@@ -231,8 +231,8 @@ class Steps:
             len(adapter.layers),
             executor.scopes,
             engine.captures.recorder is not None,
-            # reducers count visual tokens; and where all pictures make as many, their number is not worth hiding
-            visual=not (executor.reducers or executor.planned) and any(key in kwargs for key in SIZES),
+            # methods count visual tokens; and where all pictures make as many, their number is not worth hiding
+            visual=not executor.acting and any(key in kwargs for key in SIZES),
         )
         features = [each for output in encoded.values() for each in output.pooler_output]
         tower = seen["image"].tower if "image" in encoded else None

@@ -14,8 +14,8 @@ from mmefficient.prompt import HostFacts
 from mmefficient.tokens import Role, TokenMap, build, images_of_rows
 from mmefficient.vision import Vision
 
-FIELDS = ("role", "image", "line", "source", "view", "row", "col")
-"""What reductions and patterns read of the map on the device."""
+FIELDS = ("role", "image", "tile", "line", "source", "view", "row", "col")
+"""What methods read of the map on the device."""
 CHANGING = ("position", "size", "lives_until", "carried_by")
 """What they write."""
 
@@ -31,7 +31,7 @@ def bucket(tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Prompt:
-    """B rows of L places, all on the CPU. What only reducers and reports want is made when they ask.
+    """B rows of L places, all on the CPU. What only methods and reports want is made when they ask.
 
     Attributes:
         ids, position: int64 [B, L] and [P, B, L]; the filling behind a row's end repeats the last token.
@@ -123,7 +123,8 @@ class Prompt:
         role = self.tokens.role.masked_fill(~self.held, int(Role.QUESTION))
         facts = HostFacts.of(self.tokens.replace(role=role), self.scopes, 0, self.ids.device)
         breaks = int((role == Role.SEPARATOR).sum(1).max())
-        return replace(facts, separators=breaks)
+        answers = min(bucket(facts.answers), role.shape[1]) if facts.answers else 0
+        return replace(facts, separators=breaks, answers=answers)
 
     @property
     def visual(self) -> bool:
@@ -131,26 +132,26 @@ class Prompt:
         return any(bool(where.any()) for where in self.kinds.values())
 
     def layout(self) -> Hashable:
-        """All that a program with reducers knows on the host."""
+        """All that a program with methods knows on the host."""
         facts = self.facts
         units = tuple((scope, units.units) for scope, units in sorted(facts.units.items()))
-        return units, tuple(facts.others), facts.lines, facts.images, facts.separators
+        return units, tuple(facts.others), facts.lines, facts.images, facts.separators, facts.answers
 
-    def packed(self, reducers: bool) -> torch.Tensor:
+    def packed(self, acts: bool) -> torch.Tensor:
         """Everything that differs from prompt to prompt, as one int64 vector; `unpacked` is the inverse."""
         parts = [self.ids, self.position, torch.tensor(self.fill), self.where]
-        if reducers:
+        if acts:
             role = self.tokens.role.masked_fill(~self.held, int(Role.QUESTION))
             parts += [role, *(getattr(self.tokens, name) for name in FIELDS[1:])]
             parts += [units.key for _, units in sorted(self.facts.units.items())]
         return torch.cat([part.flatten().long() for part in parts])
 
-    def unpacked(self, packed: torch.Tensor, reducers: bool) -> Unpacked:
+    def unpacked(self, packed: torch.Tensor, acts: bool) -> Unpacked:
         """The tensors of `packed`, wherever it is; only shapes are taken from this prompt."""
         axes, batch, length = self.position.shape
         plane = (batch, length)
         shapes: list[Sequence[int]] = [plane, (axes, *plane), (batch,), (len(self.where),)]
-        if reducers:
+        if acts:
             shapes += [plane] * (len(FIELDS) + len(self.facts.units))
         sizes = [torch.Size(shape).numel() for shape in shapes]
         ids, position, fill, where, *rest = (
@@ -171,11 +172,11 @@ class Unpacked:
     keys: list[torch.Tensor]
 
     def tokens(self, layers: int) -> TokenMap:
-        """The token map as reducers get it."""
+        """The token map as methods get it."""
         size = torch.ones(self.ids.shape, device=self.ids.device)
         until = torch.full_like(self.ids, layers, dtype=torch.int32)
         unknown = self.ids.new_full((1, 1), -1).expand_as(self.ids)
-        rest = dict.fromkeys(("tile", "row", "col", "view", "frame"), unknown)
+        rest = dict.fromkeys(("row", "col", "view", "frame"), unknown)
         rest |= dict(zip(FIELDS, self.fields, strict=True))
         here = torch.arange(self.ids.shape[1], device=self.ids.device).repeat(len(self.ids), 1)
         return TokenMap(**rest, position=self.position, size=size, lives_until=until, carried_by=here)

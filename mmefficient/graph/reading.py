@@ -14,10 +14,12 @@ from mmefficient.graph.capture import Inputs
 from mmefficient.graph.decoding import Session
 from mmefficient.graph.prompt import CHANGING, Prompt
 from mmefficient.graph.rows import Score, row_block
+from mmefficient.graph.steered import BlindBlocks, Kept, tensors
 from mmefficient.masks import Segment, prefill_mask
 from mmefficient.offer import LAST
 from mmefficient.prompt import PromptState
 from mmefficient.reduction import Prefill
+from mmefficient.steering import Reading
 from mmefficient.vision import Tower
 
 if TYPE_CHECKING:
@@ -34,13 +36,13 @@ def read(
 
     Args:
         features: [T, C] of each image, in the order of `prompt.where`.
-        tower: facts for the reducers that want them.
+        tower: facts for the methods that want them.
         new: tokens that may follow.
 
     Returns:
         logits [B, V] of the next token, borrowed until the next prompt; the state to report on; a session.
     """
-    acts = prompt.visual and bool(executor.reducers or executor.planned)
+    acts = prompt.visual and executor.acting
     if acts:
         executor.look(prompt.tokens)
     packed = prompt.packed(acts)
@@ -66,13 +68,14 @@ def read(
     executor.run.acted |= out["acted"]
     works = {index: plan.work for index, plan in executor.planned.items()}
     state = PromptState(executor.run.plan, executor.run.mode, tokens, works=works)
-    return out["logits"], state, _session(engine, out, prompt, new)
+    return out["logits"], state, _session(engine, executor.run.plan, out, prompt, new)
 
 
-def _session(engine: Engine, out: Mapping[str, Any], prompt: Prompt, new: int) -> Session:
+def _session(engine: Engine, plan: str, out: Mapping[str, Any], prompt: Prompt, new: int) -> Session:
     slots, group = tuple(out["group_slots"]), tuple(out["group"])
     room = tuple(engine.room(each + new) for each in slots)
-    return Session(group, slots, tuple(prompt.fill), tuple(out["starts"]), out["state"].clone(), room)
+    kept = Kept(plan, out["steered"], [room[each] for each in group]) if out["steered"] else None
+    return Session(group, slots, tuple(prompt.fill), tuple(out["starts"]), out["state"].clone(), room, kept)
 
 
 def _read(
@@ -103,9 +106,12 @@ def _read(
     groups: list[Segment | None] = []
     group, masks, acted = [], list[torch.Tensor | None](), False
     for index, layer in enumerate(engine.adapter.layers):
+        parts = executor.parts(layer, None)
+        if prefill is not None and index == 0 and executor.blind_until >= 0:
+            prefill.blind = BlindBlocks(prefill, hidden, None, parts, engine.adapter.mrope, flash=False)
         for reducer in executor.reducers:
             if prefill is not None and reducer.site == index and prefill.has_visual:
-                hidden, acted = prefill.reduce(reducer, index, hidden, executor.parts(layer, None)), True
+                hidden, acted = prefill.reduce(reducer, index, hidden, parts), True
         segment = None if prefill is None else prefill.segment
         if not groups or segment is not groups[-1]:
             groups.append(segment)
@@ -115,9 +121,10 @@ def _read(
         engine.store.reserve(index, batch, engine.room(slots + new))
         asked = prefill is not None and prefill.last is not None and executor.asked.get(index)
         score = partial(_score, prefill, mask) if prefill is not None and asked else None
-        attend = partial(_attend, mask, score)
-        held = prefill.rope if prefill is not None else rope
-        assert held is not None
+        attend = partial(_attend, index, executor, prefill, mask, score)
+        held = rope
+        if prefill is not None:
+            prefill.hidden, held = hidden, prefill.rope or rope
         room = engine.store.rows(index, batch, slots)
         plan = executor.planned.get(index)
         if plan is not None and prefill is not None and prefill.has_visual:
@@ -127,11 +134,16 @@ def _read(
     last = (hidden.shape[1] - 1 - given.fill)[:, None, None].expand(-1, 1, hidden.shape[2])
     (logits,) = product(hidden.gather(1, last), (engine.head,), engine.adapter.decoder.norm)
     out = _after(prefill, groups, given.fill, given.position, whole)
-    out |= {"logits": logits[:, 0], "acted": acted}
+    steered = {} if prefill is None else prefill.state.steered
+    # a recorder does not look into a part of a change
+    out |= {"logits": logits[:, 0], "acted": acted or bool(steered), "steered": steered, "tensors": tensors(steered)}
     return out | {"group": group, "slots": [out["group_slots"][each] for each in group]}
 
 
 def _attend(
+    index: int,
+    executor: Executor,
+    prefill: Prefill | None,
     mask: torch.Tensor | None,
     score: Score | None,
     query: torch.Tensor,
@@ -139,9 +151,19 @@ def _attend(
     values: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
+    """Attention of layer `index`, [B, Hq, N, D]."""
     if score is not None:
         score(query, keys, scale)
-    return attention(query, keys, values, mask, mask is None, scale)
+    methods = executor.modulated.get(index, ()) if prefill is not None and prefill.has_visual else ()
+    blind = None if prefill is None or index > executor.blind_until else prefill.blind
+    if prefill is None or (blind is None and not methods):
+        return attention(query, keys, values, mask, mask is None, scale)
+
+    def stock() -> torch.Tensor:
+        return attention(query, keys, values, mask, mask is None, scale).transpose(1, 2)
+
+    beside = None if blind is None else partial(blind.advance, executor.adapter.layers, index)
+    return Reading(index, query, keys, values, prefill, scale).attend(methods, stock, beside).transpose(1, 2)
 
 
 def _score(prefill: Prefill, mask: torch.Tensor | None, query: torch.Tensor, keys: torch.Tensor, scale: float) -> None:

@@ -32,6 +32,7 @@ class Listening(Modulation):
     changes: ClassVar[frozenset[str]] = frozenset({"gain"})
     rows: ClassVar[Rows] = "all"
     needs: ClassVar[frozenset[str]] = frozenset({"blind"})
+    recordable: ClassVar[bool] = False
 
     found: dict[int, list[torch.Tensor]] = field(default_factory=dict, compare=False)
 

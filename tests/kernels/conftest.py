@@ -11,6 +11,7 @@ from mmefficient.kernels.decode_attention import reference as decode_reference
 from mmefficient.kernels.decode_linear import reference as linear_reference
 from mmefficient.kernels.drop_alike import reference as drop_reference
 from mmefficient.kernels.greedy_select import reference as greedy_reference
+from mmefficient.kernels.group_mix import reference as mix_reference
 from mmefficient.kernels.grouped_attention import reference as grouped_reference
 from mmefficient.kernels.key_scores import reference as scores_reference
 from mmefficient.kernels.rms_norm import reference as norm_reference
@@ -28,6 +29,7 @@ REFERENCES = {
     norm_reference: "rms_norm",
     rope_reference: "rope_store",
     swiglu_reference: "swiglu",
+    mix_reference: "group_mix",
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmefficient.kernels.group_mix import group_mix
 from mmefficient.kernels.grouped_attention import (
     Layout,
     causal,
@@ -95,3 +96,29 @@ def test_adhh(device: torch.device, impl: Any) -> None:
 
 def _step(device: torch.device, *sign: int) -> torch.Tensor:
     return torch.tensor(sign, device=device)[:, None, None, None]
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+@pytest.mark.parametrize("each", [False, True])
+def test_group_mix(kernel: Any, device: torch.device, groups: int, each: bool) -> None:
+    """Masses change where heads, batch rows and all conditions say so; groups, and whole rows, may be empty."""
+    out = torch.randn(groups, 2, 5, 3, 40, device=device).transpose(2, 3).contiguous().transpose(2, 3)
+    lse = torch.randn(groups, 2, 5, 3, device=device) * 2
+    lse[0, 0, 1], lse[:, 1, 2] = float("-inf"), float("-inf")
+    where = torch.rand(2, 5 if each else 1, device=device) < 0.7
+    where[0] = True
+    move, least = torch.rand(groups, groups, device=device), torch.zeros(2, groups + 1, device=device)
+    least[0, 0] = least[1, 1] = 1.0
+    least[:, -1] = 0.15
+    found = kernel(group_mix, out, lse, where, move, least, dtype=torch.float16)
+    mass = masses(lse)
+    acts = where[..., None].expand(2, 5, 3).clone()
+    for *factors, bound in least.tolist():
+        acts &= sum(f * m for f, m in zip(factors, mass, strict=True)) >= bound
+    assert 0 < acts.sum() < acts.numel()
+    wanted = mix(out, lse, torch.where(acts, torch.einsum("gk,kbhn->gbhn", move, mass), mass))
+    torch.testing.assert_close(found.float(), wanted, atol=2e-3, rtol=2e-3)
+    assert found.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(group_mix(out, lse, where, move, least, dtype=torch.float32, impl="reference"), wanted)
+    with pytest.raises(ValueError, match="do not fit"):
+        group_mix(out, lse, where[:1], move, least, dtype=torch.float32)

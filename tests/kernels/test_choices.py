@@ -12,6 +12,7 @@ from mmefficient.kernels.compact import compact
 from mmefficient.kernels.decode_attention import decode_attention
 from mmefficient.kernels.decode_attention import kernel as decode
 from mmefficient.kernels.decode_linear import decode_linear
+from mmefficient.kernels.group_mix import group_mix
 from mmefficient.kernels.grouped_attention import forward as grouped
 from mmefficient.kernels.grouped_attention import grouped_attention, make_layout
 from mmefficient.kernels.grouped_attention.layout import default_blocks
@@ -22,6 +23,13 @@ from mmefficient.kernels.swiglu import swiglu
 
 HOPPER, AMPERE = 232_448, 166_912
 CPU = torch.device("cpu")
+
+
+def halved(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Results and masses of one group, x [B, H, N, D], and a mix that halves positive masses."""
+    where = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
+    move, least = torch.full((1, 1), 0.5, device=x.device), torch.tensor([[1.0, 0.0]], device=x.device)
+    return x[None], x[None, ..., 0], where, move, least
 
 
 @pytest.fixture
@@ -93,6 +101,7 @@ def test_gradients_go_to_the_reference(device: torch.device, caplog: pytest.LogC
         lambda impl: rms_norm(q, q.detach()[0, 0, 0], 1e-6, impl=impl)[0],
         lambda impl: rope_store(q, q, q, *[q.detach()[:, :, 0]] * 2, cache.clone(), cache.clone(), zero, impl=impl),
         lambda impl: swiglu(q, q, impl=impl),
+        lambda impl: group_mix(*halved(q), dtype=q.dtype, impl=impl),
     ]
     for call in calls:
         with pytest.raises(RuntimeError, match="no backward"):
@@ -109,6 +118,7 @@ def test_operators(device: torch.device) -> None:
     from mmefficient.kernels.compact.op import compact_op
     from mmefficient.kernels.decode_attention.op import decode_op
     from mmefficient.kernels.decode_linear.op import linear_op
+    from mmefficient.kernels.group_mix.op import mix_op
     from mmefficient.kernels.grouped_attention.op import grouped_op, pack
     from mmefficient.kernels.key_scores.op import key_scores_op
     from mmefficient.kernels.rms_norm.op import norm_op
@@ -133,6 +143,7 @@ def test_operators(device: torch.device) -> None:
         (norm_op, (k, k[0, 0, 0], 1e-6, None)),
         (rope_op, (q, *[k[:, :, :4].transpose(1, 2)] * 2, *angles, k.clone(), k.clone(), lengths - 7)),
         (swiglu_op, (k, k)),
+        (mix_op, (*halved(k), torch.float16)),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -155,6 +166,7 @@ def test_no_graph_break(device: torch.device) -> None:
         lambda k, impl: rms_norm(k + 1, k[0, 0, 0], 1e-6, residual=k, impl=impl)[1],
         turned,
         lambda k, impl: swiglu(k + 1, k, impl=impl),
+        lambda k, impl: group_mix(*halved(k), dtype=k.dtype, impl=impl),
     ]
     for call in calls:
         whole = torch.compile(call, fullgraph=True, backend="aot_eager")

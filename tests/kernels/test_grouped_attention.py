@@ -112,6 +112,15 @@ def test_any_mask(kernel: Any, device: torch.device) -> None:
     compare(kernel, layout, qkv(layout, 4, 2, 32, torch.float32))
 
 
+@pytest.mark.parametrize("length", [65, *REAL])
+@pytest.mark.parametrize("pattern", ["causal", "self", "window"])
+def test_nothing_read_back(kernel: Any, device: torch.device, pattern: str, length: int) -> None:
+    layout = layout_for(PATTERNS[pattern], length, device, exact=False, **blocks(length))
+    tensors = qkv(layout, 4, 2, 32, torch.float32)
+    compare(kernel, layout, tensors)
+    compare(kernel, layout, tensors, **options(layout, 4), partials=True)
+
+
 @pytest.mark.parametrize("parts", [2, 5])
 @pytest.mark.parametrize("partials", [False, True])
 def test_split_keys(device: torch.device, parts: int, partials: bool) -> None:

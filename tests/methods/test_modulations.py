@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from mmefficient import steering
+from mmefficient import steered, steering
 from mmefficient.call import Call
 from mmefficient.errors import PlanError, SilentPlanError
 from mmefficient.methods.modulations.pai import PAI
@@ -160,7 +160,10 @@ def test_paint_equals_the_published_algorithm(implementation: str) -> None:
 def test_paint_sets() -> None:
     shallow = torch.tensor([5.0, 4, 3, 2, 1, 0, 0, 0])
     deep = torch.tensor([9.0, 1, 1.1, 1.2, 0.9, 1, 1.1, 8])
-    assert sets(shallow, deep, 0.5).tolist() == [SUMMARY, LOCAL, LOCAL, LOCAL, 0, 0, 0, SUMMARY]
+    one = [SUMMARY, LOCAL, LOCAL, LOCAL, 0, 0, 0, SUMMARY]
+    assert sets(shallow, deep, torch.zeros(8, dtype=torch.long), 0.5).tolist() == one
+    crop = torch.tensor([7, -1] * 8)  # two crops, token by token in turn
+    assert sets(shallow.repeat_interleave(2), deep.repeat_interleave(2), crop, 0.5).view(8, 2).T.tolist() == [one, one]
 
 
 ORACLES: dict[str, Callable[[Layer], torch.Tensor]] = {
@@ -330,6 +333,8 @@ def test_no_attention_matrix_is_made(plan: str, monkeypatch: pytest.MonkeyPatch)
     """With a stock implementation that makes none, no method does: the kernels run, under Triton's interpreter."""
     for name in ("grouped_attention", "decode_attention", "layout_of", "make_layout"):
         monkeypatch.setattr(steering, name, partial(getattr(steering, name), impl="triton"))
+    monkeypatch.setattr(steered, "decode_attention", steering.decode_attention)
+    monkeypatch.setattr(steered, "group_mix", partial(steered.group_mix, impl="triton"))
     batch = tiny.collate("llava", [tiny.prompt("llava", 2, 24, 8)])
     model, length = tiny.build("llava"), batch["input_ids"].shape[1]
     assert length > model.config.text_config.intermediate_size > model.config.text_config.hidden_size
@@ -357,13 +362,19 @@ def test_every_layer_and_step_goes_through_the_kernels_once(plan: str, monkeypat
 
         return call
 
-    for name in ("grouped_attention", "decode_attention"):
-        monkeypatch.setattr(steering, name, counted(name, getattr(steering, name)))
+    for name, module in (
+        ("grouped_attention", steering),
+        ("decode_attention", steering),
+        ("decode_attention", steered),
+    ):
+        key = "later" if module is steered else name
+        monkeypatch.setattr(module, name, counted(key, getattr(module, name)))
     model, batch = tiny.build("llava"), tiny.collate("llava", [tiny.prompt("llava", 1, 3, 6)])
     with Plan(plan).apply(model):
         model.generate(**batch, max_new_tokens=STEPS, do_sample=False)
     layers = 2 if "adhh" in plan else 3
-    assert calls == {"grouped_attention": layers, "decode_attention": layers * (STEPS - 1)}
+    reading = "grouped_attention" if "var" in plan else "decode_attention"  # many rows, or the last one
+    assert calls == {reading: layers, "later": layers * (STEPS - 1)}
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 
 from mmefficient.errors import PlanError
-from mmefficient.modulation import Change, LayerPrompt, Modulation, Rows, answering
+from mmefficient.modulation import Change, LayerPrompt, Mix, Modulation, Rows, answering
 from mmefficient.points import Method, about
 from mmefficient.profiles import Checkpoint
 
@@ -72,9 +71,5 @@ class ADHH(Modulation):
         listed = torch.zeros(count, dtype=torch.bool)
         listed[mine] = True
         where = listed.to(prompt.query.device) & prompt.has_image[:, None]
-        return Change(mix=partial(self.mixed, where[:, :, None]))
-
-    def mixed(self, where: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-        """New masses [2, B, Hq, R], which do not add up to 1 where text was cut; `where` bool [B, Hq, 1]."""
-        rest, text = mass
-        return torch.stack([rest, text.masked_fill(where & (text >= self.theta), 0.0)])
+        # of the rest and of the text after the image, which is cut and not made up for
+        return Change(mix=Mix.of(where, ((1.0, 0.0), (0.0, 0.0)), ((0.0, 1.0, self.theta),)))

@@ -37,4 +37,4 @@ class Lift(Modulation):
 
     def change(self, prompt: LayerPrompt) -> Change:
         gain = torch.where(prompt.has_image, self.gain, 1.0)[:, None]
-        return Change(gain=gain.expand(-1, prompt.query.shape[1]))
+        return Change(gain=gain.repeat(1, prompt.query.shape[1]))

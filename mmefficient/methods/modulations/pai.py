@@ -38,4 +38,4 @@ class PAI(Modulation):
 def maps(prompt: LayerPrompt, *groups: tuple[float, float]) -> torch.Tensor:
     """A logit map [3, 1, Hq, groups] that is the same for all heads: for every group the factors of s and of |s|."""
     factors = torch.tensor([[a for a, _ in groups], [b for _, b in groups], [0.0] * len(groups)])
-    return factors[:, None, None].expand(-1, -1, prompt.query.shape[1], -1).to(prompt.query.device)
+    return factors[:, None, None].expand(-1, -1, prompt.query.shape[1], -1).contiguous().to(prompt.query.device)

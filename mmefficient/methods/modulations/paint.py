@@ -44,28 +44,46 @@ class PAINT(Modulation):
 
     def group(self, prompt: LayerPrompt) -> torch.Tensor:
         assert prompt.tower is not None
-        tokens, found = prompt.tokens, torch.zeros_like(prompt.tokens.role)
+        tokens = prompt.tokens
         source = tokens.source.clamp(min=0)
-        shallow, deep = (prompt.tower.layers[each].attention.to(found.device)[source] for each in (SHALLOW, DEEP))
-        row = torch.arange(len(source), device=source.device)[:, None].expand_as(source)
-        crops = torch.stack([row, tokens.image, tokens.tile], -1)[tokens.visual]
-        for crop in crops.unique(dim=0):
-            mine = tokens.visual & (row == crop[0]) & (tokens.image == crop[1]) & (tokens.tile == crop[2])
-            found[mine] = sets(shallow[mine], deep[mine], self.local)
-        return found
+        shallow, deep = (prompt.tower.layers[each].attention.to(source.device)[source] for each in (SHALLOW, DEEP))
+        row = torch.arange(len(source), device=source.device)[:, None]
+        crop = (row << 40 | tokens.image.long() << 20 | tokens.tile.clamp(min=0)).masked_fill(~tokens.visual, -1)
+        group = sets(shallow.flatten(), deep.flatten(), crop.flatten(), self.local).view_as(source)
+        return group.masked_fill(~tokens.visual, OTHER)
 
     def change(self, prompt: LayerPrompt) -> Change:
         return Change(logit_map=maps(prompt, (1.0, 0.0), (1.0, self.alpha), (1.0, self.beta)))
 
 
-def sets(shallow: torch.Tensor, deep: torch.Tensor, share: float) -> torch.Tensor:
-    """The group of every token of one crop, from the attention [N] it receives in a shallow and a deep layer.
+def sets(shallow: torch.Tensor, deep: torch.Tensor, crop: torch.Tensor, share: float) -> torch.Tensor:
+    """The group of every token, from the attention [N] it receives in a shallow and a deep layer, crop by crop.
 
     Summary: above the third quartile by more than 1.5 times the distance of the quartiles. Local: the top `share` by
     shallow attention, less the summary tokens.
+
+    Args:
+        crop: int64 [N], any number per crop.
     """
-    group = torch.full_like(shallow, OTHER, dtype=torch.long)
-    group[shallow.topk(int(share * len(shallow))).indices] = LOCAL
-    low, high = deep.float().quantile(torch.tensor([0.25, 0.75], device=deep.device))
-    group[deep > high + 1.5 * (high - low)] = SUMMARY
-    return group
+    by_crop = crop.argsort(stable=True)
+    changes = crop[by_crop].diff(prepend=crop[by_crop[:1]]) != 0
+    crop = torch.empty_like(crop).scatter(0, by_crop, changes.cumsum(0))  # from 0 on
+    count = torch.zeros_like(crop).scatter_add(0, crop, torch.ones_like(crop))
+    start, count = (count.cumsum(0) - count)[crop], count[crop]
+
+    def ordered(values: torch.Tensor, descending: bool) -> torch.Tensor:
+        order = values.argsort(stable=True, descending=descending)
+        return order[crop[order].argsort(stable=True)]
+
+    first = ordered(shallow, descending=True)
+    place = torch.empty_like(crop).scatter(0, first, torch.arange(len(crop), device=crop.device)) - start
+    group = torch.where(place < (share * count.double()).long(), LOCAL, OTHER)
+    sorted_deep = deep.float()[ordered(deep, descending=False)]
+
+    def quartile(at: float) -> torch.Tensor:
+        rank = at * (count - 1).float()
+        below, above = (sorted_deep[start + part.long()] for part in (rank.floor(), rank.ceil()))
+        return torch.lerp(below, above, rank.frac())
+
+    low, high = quartile(0.25), quartile(0.75)
+    return group.masked_fill(deep > high + 1.5 * (high - low), SUMMARY)

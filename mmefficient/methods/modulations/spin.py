@@ -40,10 +40,15 @@ class SPIN(Modulation):
         total = (prompt.key.float() * prompt.tokens.visual[:, None, :, None]).sum(2)
         total = total.repeat_interleave(prompt.query.shape[1] // total.shape[1], 1)[..., None]
         low = torch.where(prompt.has_image, self.factor, 1.0)[:, None, None]
-        return Change(gain=partial(self.gain, total.to(prompt.query.dtype), low))
+        return Change(gain=partial(self.gain, total.to(prompt.query.dtype), low, torch.ones_like(low)))
 
-    def gain(self, total: torch.Tensor, low: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        """[B, Hq, R] for queries [B, Hq, R, d]; `total` [B, Hq, d, 1] sums the image's keys, `low` [B, 1, 1]."""
-        heads, score = query.shape[1], (query @ total).squeeze(-1)
-        least = score.topk(heads - int(self.keep * heads), dim=1, largest=False).indices
-        return torch.ones_like(score, dtype=torch.float32).scatter(1, least, low.expand_as(least))
+    def gain(self, total: torch.Tensor, low: torch.Tensor, one: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """[B, Hq, R] for queries [B, Hq, R, d].
+
+        Args:
+            total: [B, Hq, d, 1], the sum of the image's keys; low, one: [B, 1, 1], the factors.
+        """
+        heads, score = query.shape[1], query @ total
+        # heads with fewer below them than are turned down; in few operations, for they run in every layer and step
+        rank = (score.transpose(1, 3) < score).sum(3)
+        return torch.where(rank < heads - int(self.keep * heads), low, one)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar
 
 import torch
 
 from mmefficient.errors import PlanError
-from mmefficient.modulation import Change, LayerPrompt, Modulation, Rows
+from mmefficient.modulation import Change, LayerPrompt, Mix, Modulation, Rows
 from mmefficient.points import about
 from mmefficient.tokens import Role
 
 OTHER, VISUAL, VISUAL_SINK, TEXT_SINK = range(4)
-SINKS = slice(VISUAL_SINK, TEXT_SINK + 1)
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class VAR(Modulation):
         size = (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).abs()
         real = prompt.tokens.role != Role.PAD
         if self.dims:
-            largest = size[..., list(self.dims)].amax(-1)
+            largest = size[..., torch.tensor(self.dims, device=x.device)].amax(-1)
         else:
             start = real.long().argmax(1)
             dims = size[torch.arange(len(x), device=x.device), start].topk(2).indices  # [B, 2]
@@ -68,13 +66,9 @@ class VAR(Modulation):
         return torch.where(visual, torch.where(sink, VISUAL_SINK, VISUAL), torch.where(sink, TEXT_SINK, OTHER))
 
     def change(self, prompt: LayerPrompt) -> Change:
-        some = (self.sinks(prompt) & prompt.tokens.visual).any(1)
-        return Change(mix=partial(self.mixed, some))
-
-    def mixed(self, some: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-        """New masses [4, B, Hq, R]; nothing changes in rows of the batch without a visual sink (`some` [B])."""
-        _, visual, sink, _ = mass
-        seen = visual + sink
-        chosen = (visual >= self.rho * seen) & (seen >= self.mass) & some[:, None, None]
-        freed = (1 - self.p) * chosen * mass[SINKS]
-        return torch.cat([mass[:1], visual[None] + freed.sum(0, keepdim=True), mass[SINKS] - freed])
+        some = (self.sinks(prompt) & prompt.tokens.visual).any(1, keepdim=True)
+        keep, free = self.p, 1 - self.p
+        # of OTHER, VISUAL, VISUAL_SINK and TEXT_SINK; rows are what they become
+        move = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, free, free), (0.0, 0.0, keep, 0.0), (0.0, 0.0, 0.0, keep))
+        looks = ((0.0, 1 - self.rho, -self.rho, 0.0, 0.0), (0.0, 1.0, 1.0, 0.0, self.mass))
+        return Change(mix=Mix.of(some, move, looks))
