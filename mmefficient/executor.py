@@ -147,10 +147,11 @@ class Executor:
                     f"{self.modulated[index][0]} changes attention in layer {index}, in which {self.run.plan} has "
                     "visual rows do less; give them different layers."
                 )
-            if plan is not None and index < self.blind_until:
+            apart = plan is not None and (plan.work.attention != "full" or plan.pairs is not None)
+            if apart and index < self.blind_until:
                 raise PlanError(
-                    f"{self.run.plan} has visual rows do less in layer {index}, beside which the prompt is also read "
-                    "without its image; give them later layers."
+                    f"{self.run.plan} has visual rows attend to less in layer {index}, beside which the prompt is also "
+                    "read without its image; give them later layers."
                 )
             if plan is not None:
                 check_layer(layer, plan, self.adapter, self.flash)

@@ -22,17 +22,17 @@ def load(
     """Return (model in evaluation mode on its device, processor that pads on the left).
 
     `name` is a folder in Hugging Face format, a hub id, ``reference`` for the embedded model, ``reference+NAME`` for
-    one of its deltas (``reference-biased`` is the one that makes it hallucinate), or the folder of a delta
-    (`models.reference.adapt`). `device` and `dtype` are as in `resolve_device` and `resolve_dtype`. Code from the hub
-    is never run.
+    one of its deltas (``reference-biased`` is the one that makes it hallucinate, ``reference-biased+NAME`` one that was
+    trained on that), or the folder of a delta (`models.reference.adapt`). `device` and `dtype` are as in
+    `resolve_device` and `resolve_dtype`. Code from the hub is never run.
 
     Raises:
         ModelError: not a model, not a vision-language model, damaged, or not reachable.
         InputError: a device or dtype that does not exist here.
     """
     target = resolve_device(device)
-    delta = _delta(name)
-    source = _source(REFERENCE if delta else name)
+    deltas = _deltas(name)
+    source = _source(REFERENCE if deltas else name)
     config = _guard(name, AutoConfig.from_pretrained, source, trust_remote_code=False)
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ModelError(
@@ -50,14 +50,15 @@ def load(
         name,
         AutoModelForImageTextToText.from_pretrained,
         source,
-        dtype=kind if delta is None else config.dtype,  # a sum is rounded as it was measured, whatever it runs in
+        dtype=config.dtype if deltas else kind,  # a sum is rounded as it was measured, whatever it runs in
         trust_remote_code=False,
         **options,
     )
-    if delta is not None:
+    if deltas:
         from mmefficient.models.reference import adapt
 
-        adapt.load(model, delta)
+        for delta in deltas:
+            adapt.load(model, delta)
         model = model.to(kind)
     return model.to(target).eval(), processor
 
@@ -98,16 +99,22 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, config: Any = 
     return chosen
 
 
-def _delta(name: str | os.PathLike[str]) -> Path | None:
-    """The folder of the delta that `name` asks for."""
+def _deltas(name: str | os.PathLike[str]) -> list[Path]:
+    """The folders of the deltas that `name` asks for, in the order in which they are added."""
     text = os.fspath(name)
-    text = f"{REFERENCE}+biased" if text == BIASED else text
-    if text.startswith(f"{REFERENCE}+"):
-        from mmefficient.models.reference import adapt
-
-        return adapt.VARIANTS / text.removeprefix(f"{REFERENCE}+")
+    if text == BIASED or text.startswith(f"{BIASED}+"):
+        text = text.replace(BIASED, f"{REFERENCE}+biased", 1)
     folder = Path(text).expanduser()
-    return folder if (folder / "delta.json").is_file() else None
+    asked = text.split("+")[1:] if text.startswith(f"{REFERENCE}+") else []
+    if not asked and not (folder / "delta.json").is_file():
+        return []
+    from mmefficient.models.reference import adapt
+
+    found = adapt.chain(adapt.VARIANTS / asked[-1] if asked else folder)
+    if [each.name for each in found][-len(asked) :] != asked and asked:
+        needed = "+".join([REFERENCE, *(each.name for each in found)])
+        raise ModelError(f"{str(name)!r} adds deltas in an order they were not trained in; use {needed!r}.")
+    return found
 
 
 def _source(name: str | os.PathLike[str]) -> str:

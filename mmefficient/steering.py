@@ -42,7 +42,7 @@ class Aside:
         last: int64 [B], that row; None = the last one everywhere.
     """
 
-    state = None
+    state = prefill = None
 
     def __init__(self, decide: Decide | None, last: torch.Tensor | None) -> None:
         self.decide, self.last = decide, last

@@ -6,7 +6,6 @@ thread that runs the prefill. So what is seen here waits in thread-local storage
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from mmefficient.arguments import arguments_of
 from mmefficient.attention import KEY
 from mmefficient.errors import ModelError
 from mmefficient.kernels.key_scores import key_scores
@@ -46,7 +46,7 @@ class Tower:
         features: input of the projector, [M, Dv].
         layers: attention [M] and keys [M, d] of tower layers.
         matched: by matcher, the patches in its space, [M, E].
-        mark: bool [M], see `points.VisualTokens`.
+        mark: bool [M], see `decisions.VisualTokens`.
     """
 
     features: torch.Tensor | None = None
@@ -196,8 +196,7 @@ class Watcher:
         features = getattr(out, "pooler_output", None)
         if features is None:  # asked for a tuple: not a call of generate or forward
             return out
-        arguments = inspect.signature(stock).bind(*args, **kwargs).arguments
-        arguments |= arguments.pop("kwargs", {})
+        arguments = arguments_of(stock, args, kwargs)
         layouts = self.adapter.layouts(kind, arguments, features)
         for layout, tokens in zip(layouts, features, strict=True):
             if len(layout) != len(tokens):

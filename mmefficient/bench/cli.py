@@ -217,6 +217,26 @@ def hallucination(
 
 
 @app.command()
+def sentences(
+    out: Annotated[Path, typer.Option(help="Folder for sentences.json and sentences.md.")],
+    model: Annotated[str, typer.Option(help="reference, reference-biased, a folder or a hub id.")] = "reference-biased",
+    tuned: Annotated[str | None, typer.Option(help="The same model after preference tuning.")] = None,
+    trial: Annotated[int, typer.Option(min=1, help="Validation questions per kind to choose the margin on.")] = 200,
+    limit: Annotated[int, typer.Option(min=1, help="Test questions per kind.")] = 1000,
+    width: Annotated[int, typer.Option(min=1, help="Units searched for where the greedy one fails.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions decoded together.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto is the checkpoint's own, and float32 on a CPU.")] = "auto",
+) -> None:
+    """What checking sentences does to hallucination, in training and while decoding."""
+    from mmefficient.bench.sentences import page, run, write
+
+    result = run(model, tuned, trial=trial, limit=limit, width=width, batch_size=batch_size, device=device, dtype=dtype)
+    write(result, out)
+    print(page(result))
+
+
+@app.command()
 def kernels(
     out: Annotated[Path, typer.Option(help="Folder for kernels.json.")],
     only: Annotated[list[str] | None, typer.Option(help="A table to make; repeat for more.")] = None,
@@ -263,10 +283,11 @@ def evidence(
     method: Annotated[list[str] | None, typer.Option(help="Only plans with this method; repeat for more.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="A batch size to time; repeat for more. 1 and 8.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per batch.")] = None,
-    engine: Annotated[str, typer.Option(help="What runs the timed plans.")] = "eager",
+    engine: Annotated[str, typer.Option(help="What runs the timed plans; eager where it cannot.")] = "eager",
     kind: Annotated[list[str] | None, typer.Option(help="Only this kind of question; repeat for more.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Random selections that each plan is compared with.")] = 3,
     positions: Annotated[str, typer.Option(help="both, or keep: leave out plans that close up position ids.")] = "both",
+    part: Annotated[str, typer.Option(help="both, or only: accuracy (the table from what there is), clock.")] = "both",
     repeats: Repeats = 7,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -278,7 +299,21 @@ def evidence(
     from mmefficient.bench.evidence import command
 
     command(
-        out, clock, limit, budget, method, batch, batch_size, repeats, engine, kind, seeds, positions, device, dtype
+        out,
+        clock,
+        limit,
+        budget,
+        method,
+        batch,
+        batch_size,
+        repeats,
+        engine,
+        kind,
+        seeds,
+        positions,
+        part,
+        device,
+        dtype,
     )
 
 

@@ -11,7 +11,6 @@ divided over them, and each measures the empty plan beside its own.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,27 +19,19 @@ from typing import Any
 
 import torch
 
-from mmefficient.bench.engines import Engine, Runner
+from mmefficient.bench.evidence_clock import ClockLog, entries_of, files, measure, read
 from mmefficient.bench.evidence_page import figure, tables
 from mmefficient.bench.evidence_plans import BUDGETS, Entry, entries
-from mmefficient.bench.floors import wall_ms
-from mmefficient.bench.measure import realised, spread
-from mmefficient.bench.presets import prompt
 from mmefficient.bench.result import Target
-from mmefficient.bench.timers import StageTimer
-from mmefficient.errors import MMEfficientError
 from mmefficient.evaluation import run_eval
 from mmefficient.evaluation.processes import Processes
 from mmefficient.loading import resolve_device
 from mmefficient.plan import Plan
-from mmefficient.profiles import Checkpoint
 from mmefficient.vlm import VLM
-
-WARM_UP = {"eager": 1}
-"""Rounds that are not timed; 3 for other engines, which compile or capture."""
 
 KEEP = ",positions=keep"
 PER_KIND = ("value", "low", "high")
+CAPTIONS = ("caption/recall", "caption/chair_s", "caption/chair_i")
 
 
 def usable(entries: Sequence[Entry], vlm: VLM, world: Processes | None = None) -> tuple[list[Entry], dict[str, str]]:
@@ -96,6 +87,7 @@ def accuracy(entries: Sequence[Entry], vlm: VLM, **options: Any) -> tuple[list[d
                 "visual_tokens": plan["visual_tokens"],
                 "prefill_flops": plan["prefill_flops_ratio"],
                 "ms_per_question": plan["ms_per_question"],
+                "captions": {name: _pick(plan["metrics"][name]) for name in CAPTIONS if name in plan["metrics"]},
                 "kinds": {kind: _pick(plan["metrics"][name]) for kind, name in judged.items()},
                 "paired": {kind: _pick(plan["paired"][name]) for kind, name in judged.items() if plan["paired"]},
                 "kept": round(plan["metrics"][headline]["value"] / base, 5),
@@ -114,133 +106,86 @@ def _pick(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: entry[name] for name in PER_KIND}
 
 
-def first_token(
-    plans: Sequence[str], target: Target, batches: Sequence[int], repeats: int, engine: Engine
-) -> list[dict[str, Any]]:
-    """Time to first token of plans, in turns, with the empty plan among them: one row per plan and batch.
-
-    Plans whose budget depends on what pictures show are left out: the weights are random.
-    """
-    checkpoint = Checkpoint(target.model, len(target.model.get_decoder().layers))
-    runners = [Runner(target.model, engine, Plan())]
-    for text in plans:
-        plan = Plan(text)
-        try:
-            stages = [stage for method in plan.methods for stage in method.stages(checkpoint)]
-        except MMEfficientError:  # no profile for random weights
-            continue
-        if not any(getattr(stage, "adaptive", False) for stage in stages):
-            runners.append(Runner(target.model, engine, plan))
-    rows = []
-    for batch in batches:
-        inputs = prompt(target.model, target.processor, batch)
-        ms: dict[Runner, list[float]] = {}
-        for index in range(-WARM_UP.get(engine.name, 3), repeats):
-            for runner in list(runners):
-                try:
-                    took = wall_ms(partial(runner.generate, inputs, 1), target.model.device)
-                except MMEfficientError:  # not on this family
-                    runners.remove(runner)
-                    continue
-                if index >= 0:
-                    ms.setdefault(runner, []).append(took)
-        made: list[dict[str, Any]] = []
-        for runner in runners:
-            with runner.plan.apply(target.model, **engine.apply) as run:
-                target.model.generate(**inputs, do_sample=False, max_new_tokens=1)
-            work = {"prefill": {"flops": run.report().prefill_flops}}
-            made.append({"plan": str(runner.plan), "batch": batch, "ms": {"first": spread(ms[runner])}, "work": work})
-        made[0]["ms"]["prefill"] = {"median": _prefill(runners[0], inputs, repeats)}
-        for row in made:
-            row["realised_ratio"] = realised(row, made[0])
-        rows += made
-    return rows
-
-
-def _prefill(runner: Runner, inputs: Mapping[str, torch.Tensor], repeats: int) -> float:
-    found = []
-    for _ in range(repeats):
-        with StageTimer(runner.model) as timer:
-            runner.generate(inputs, 1)
-        found.append(timer.stages_ms["prefill"])
-    return statistics.median(found)
-
-
 def joined(rows: Sequence[dict[str, Any]], timed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with their times: {batch: {"first", "faster", "realised_ratio"}}; plans that were not timed have none.
+    """Rows with their times by batch (`evidence_clock.entries_of`); plans that were not timed have none.
 
-    `faster` is against the empty plan that the same process timed.
+    Plans that differ from another in `positions=keep` alone cost the same and are given its times.
     """
     clock: dict[str, dict[str, Any]] = {}
-    base: dict[int, float] = {}
-    for row in timed:  # each process's rows begin with its empty plan
-        first = row["ms"]["first"]
-        if row["plan"] == "none":
-            base[row["batch"]] = first["median"]
-            if str(row["batch"]) in clock.get("none", {}):
-                continue
-        entry = {
-            "first": first,
-            "faster": base[row["batch"]] / first["median"],
-            "realised_ratio": row["realised_ratio"],
-        }
-        clock.setdefault(row["plan"], {})[str(row["batch"])] = entry
-    return [{**row, "clock": clock.get(row["plan"], {})} for row in rows]
+    for plan, batch, cell in entries_of(timed, {row["plan"]: row.get("keep") for row in rows}):
+        clock.setdefault(plan, {})[str(batch)] = cell
+    return [{**row, "clock": clock.get(row["plan"]) or clock.get(row["plan"].replace(KEEP, ""), {})} for row in rows]
 
 
 def run(
     entries: Sequence[Entry],
     vlm: VLM,
     *,
-    limit: int | None,
-    batch_size: int | None,
-    open_target: Callable[[], Target] | None,
-    batches: Sequence[int],
-    repeats: int,
-    engine_name: str = "eager",
+    limit: int | None = None,
+    batch_size: int | None = None,
     folder: Path | None = None,
     kinds: Sequence[str] | None = None,
     seeds: int = 3,
     write: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure everything, on all processes; every one of them has the whole result.
+    """Answer the questions on all processes, and put the times in `folder` beside; every process has the whole result.
 
     Budgets are answered one after the other, in the order of `entries`; with `write`, the first process passes it what
     there is after each.
 
     Args:
-        open_target: gives the `result.Target` to time on; None = no times. Plans that differ from another in
-            `positions=keep` alone cost the same and are not timed.
-        folder: for answers, to resume from. kinds: of question; all by default. seeds: of matched random selections.
+        folder: for answers, to resume from, in a folder of their own. kinds: of question; all by default.
+        seeds: of matched random selections.
     """
     world = Processes.current()
     chosen, left_out = usable(entries, vlm, world)
     ends = [at for at in range(1, len(chosen)) if chosen[at].budget != chosen[at - 1].budget] if write else []
+    options = {"limit": limit, "batch_size": batch_size, "kinds": kinds, "seeds": range(seeds), "trial": False}
+    result: dict[str, Any] = {}
     for end in [*ends, len(chosen)]:
-        rows, facts = accuracy(
-            chosen[:end], vlm, limit=limit, batch_size=batch_size, out=folder, kinds=kinds, seeds=range(seeds)
-        )
-        facts |= {"benchmark": "evidence", "seeds": seeds, "left_out": left_out}
+        rows, facts = accuracy(chosen[:end], vlm, out=folder and folder / "answers", **options)
+        logs = [read(path) for path in files(folder)]
+        clock = {**logs[0][0], "processes": len(logs)} if logs else {}
+        timed = [row for _, found in logs for row in found]
+        result = {"benchmark": "evidence", "rows": joined(rows, timed), "left_out": left_out, "clock": clock, **facts}
+        result["seeds"] = seeds
         if write and world.rank == 0:
-            write({"rows": joined(rows, []), "clock": {}, **facts})
-    every = [row["plan"] for row in rows[1:]]
-    plans = [plan for plan in every if KEEP not in plan or plan.replace(KEEP, "") not in every]
-    made: list[dict[str, Any]] = []
-    about: list[dict[str, Any]] = []
-    # who times is alone on the device
-    if open_target is not None and not (world.crowded and world.rank):
-        target = open_target()
-        [engine] = target.engines([engine_name])
-        own = plans if world.crowded else plans[world.rank :: world.size]
-        made = first_token(own, target, batches, repeats, engine)
-        about = [{"model": target.name, "engine": engine.name, "batches": list(batches), "repeats": repeats}]
-        about[0]["dtype"] = str(target.model.dtype).removeprefix("torch.")
-    timed, found = world.gather(made), world.gather(about)
-    clock = {**found[0], "processes": len(found)} if found else {}
-    result = {"rows": joined(rows, timed), "clock": clock, **facts}
-    if write and world.rank == 0 and found:
-        write(result)
+            write(result)
     return result
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def first_tokens(
+    entries: Sequence[Entry],
+    deeper: Callable[[int], Sequence[Entry]],
+    open_target: Callable[[], Target],
+    batches: Sequence[int],
+    repeats: int,
+    engine_name: str,
+    folder: Path | None,
+) -> list[dict[str, Any]]:
+    """Rows of `evidence_clock`, on this process; several processes divide the plans, unless they share a device.
+
+    Args:
+        entries: of the table; deeper: the same for a model of so many layers. Plans that differ from another in
+            `positions=keep` alone cost the same and are not timed.
+    """
+    world = Processes.current()
+    if world.crowded and world.rank:  # who times is alone on the device
+        return []
+    target = open_target()
+    [engine] = target.engines([engine_name])
+    twins = deeper(len(target.model.get_decoder().layers))
+    pairs = {str(Plan(entry.plan)): str(Plan(twin.plan)) for entry, twin in zip(entries, twins, strict=True)}
+    own = [(plan, twin) for plan, twin in pairs.items() if KEEP not in plan or plan.replace(KEEP, "") not in pairs]
+    about = {"model": target.name, "engine": engine.name, "repeats": repeats, "batches": list(batches)}
+    about |= {"dtype": str(target.model.dtype).removeprefix("torch."), "device": _name(target.model.device)}
+    log = ClockLog(folder, about, world.rank)
+    measure(own if world.crowded else own[world.rank :: world.size], target, batches, repeats, engine, log)
+    return log.rows
 
 
 def command(
@@ -256,6 +201,7 @@ def command(
     kinds: Sequence[str] | None,
     seeds: int,
     positions: str,
+    part: str,
     device: str,
     dtype: str,
 ) -> None:
@@ -268,12 +214,13 @@ def command(
     if dtype == "auto":
         dtype = "bfloat16" if resolve_device(place).type == "cuda" else "float32"
     vlm = VLM.from_pretrained("reference", device=place, dtype=dtype, engine="eager")
-    wanted = entries(len(vlm.model.get_decoder().layers), budgets or BUDGETS)
-    if positions == "keep":
-        also = {entry.plan for entry in wanted}
-        wanted = [entry for entry in wanted if f"{entry.plan[:-1]},positions=keep)" not in also]
-    if methods:
-        wanted = [entry for entry in wanted if any(f"{name}(" in entry.plan for name in methods)]
+
+    def chosen(found: list[Entry]) -> list[Entry]:
+        also = {entry.plan for entry in found} if positions == "keep" else ()
+        found = [entry for entry in found if f"{entry.plan[:-1]},positions=keep)" not in also]
+        return [entry for entry in found if not methods or any(f"{name}(" in entry.plan for name in methods)]
+
+    wanted = chosen(entries(len(vlm.model.get_decoder().layers), budgets or BUDGETS))
 
     def write(result: dict[str, Any]) -> None:
         (out / "evidence.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -283,19 +230,19 @@ def command(
         except ImportError:
             print("no PNG: matplotlib is missing; pip install 'mmefficient[eval]' brings it.", file=sys.stderr)
 
-    result = run(
-        wanted,
-        vlm,
-        limit=limit,
-        batch_size=batch_size,
-        open_target=None if clock == "none" else partial(Target.open, clock, place, dtype),
-        batches=batches or (1, 8),
-        repeats=repeats,
-        engine_name=engine,
-        kinds=kinds,
-        seeds=seeds,
-        folder=out / "answers",
-        write=write,
-    )
+    if part != "accuracy" and clock != "none":
+        first_tokens(
+            wanted,
+            lambda layers: chosen(entries(layers, budgets or BUDGETS)),
+            partial(Target.open, clock, place, dtype),
+            batches or (1, 8),
+            repeats,
+            engine,
+            out,
+        )
+        world.gather([world.rank])
+    if part == "clock":
+        return
+    result = run(wanted, vlm, limit=limit, batch_size=batch_size, folder=out, kinds=kinds, seeds=seeds, write=write)
     if not world.rank:
         print(tables(result))

@@ -18,16 +18,18 @@ MARK = "does not beat random"
 def tables(result: Mapping[str, Any]) -> str:
     """One table per site: cost, accuracy per kind with the paired difference to no plan, and the clock."""
     rows, clock = result["rows"], result["clock"]
-    kinds = [MEAN, *(kind for kind in result["judged_by"] if kind not in (MEAN, "existence"))]
+    kinds = [MEAN, *(kind for kind in result["judged_by"] if kind not in (MEAN, "existence", "caption"))]
     batches = [str(batch) for batch in clock.get("batches", ())]
     titles = ["plan", "tokens, mean over layers", "prefill FLOPs", "of no plan's mean", "− random, same tokens"]
     titles += [f"{kind} %" for kind in kinds]
+    captions = list(rows[0].get("captions", ()))
+    titles += [f"{name} %" for name in captions]
     titles += [f"{title}, batch {batch}" for batch in batches for title in ("first token ms", "realised ratio")]
     titles += ["ms/question, embedded model"]
     parts = [_intro(result)]
     for site in dict.fromkeys(row["site"] for row in rows if row["site"] != "none"):
         chosen = [rows[0], *sorted((row for row in rows if row["site"] == site), key=_order)]
-        lines = [_line(row, kinds, batches) for row in chosen]
+        lines = [_line(row, kinds, captions, batches) for row in chosen]
         parts += [f"## {site[0].upper()}{site[1:]}", markdown(titles, lines)]
     if result["left_out"]:
         listed = "\n".join(f"- `{plan}`: {why}" for plan, why in result["left_out"].items())
@@ -37,7 +39,6 @@ def tables(result: Mapping[str, Any]) -> str:
 
 def _intro(result: Mapping[str, Any]) -> str:
     settings, clock = result["settings"], result["clock"]
-    gpus = result["environment"].get("gpus") or [{}]
     parts = [
         f"Accuracy: embedded model, scenes test split, {settings['questions']} questions, {settings['dtype']}, greedy. "
         "In brackets the 95 % interval of the paired difference to no plan, in points (bootstrap over pictures).",
@@ -46,9 +47,10 @@ def _intro(result: Mapping[str, Any]) -> str:
     ]
     if clock:
         parts.append(
-            f"First token: {clock['model']} with random weights, {clock['dtype']}, engine {clock['engine']}, "
-            f"{gpus[0].get('name')}, median of {clock['repeats']}; a dash where what stays depends on the picture. "
-            "Realised ratio: time saved over what the saved prefill FLOPs are worth; 1 = all of it."
+            f"First token: {clock['model']} with random weights, {clock['dtype']}, engine {clock['engine']} (e: eager, "
+            f"where it does not run the method), {clock['device']}, median of {clock['repeats']}; methods in the model "
+            "at the same depth. A dash: what stays depends on the picture. Realised ratio: time saved to no plan on "
+            "the same engine over what the saved prefill FLOPs are worth there; 1 = all of it."
         )
     parts.append(f"Command: `{settings['command']}`, commit {result['environment']['commit']}.")
     return "\n\n".join(parts)
@@ -58,7 +60,7 @@ def _order(row: Mapping[str, Any]) -> tuple[float, float]:
     return -(row["keep"] or 0), -row["kinds"][MEAN]["value"]
 
 
-def _line(row: Mapping[str, Any], kinds: Sequence[str], batches: Sequence[str]) -> list[str]:
+def _line(row: Mapping[str, Any], kinds: Sequence[str], captions: Sequence[str], batches: Sequence[str]) -> list[str]:
     against = row["against_random"].get(MEAN)
     mark = "" if against is None else _points(against)
     if against is not None and against["verdict"] != "better":
@@ -68,9 +70,11 @@ def _line(row: Mapping[str, Any], kinds: Sequence[str], batches: Sequence[str]) 
     for kind in kinds:
         paired = row["paired"].get(kind)
         line.append(f"{100 * row['kinds'][kind]['value']:.1f}" + (f" [{_range(paired)}]" if paired else ""))
+    line += [f"{100 * row['captions'][name]['value']:.1f}" for name in captions]
     for batch in batches:
         clock = row["clock"].get(batch)
-        line += [cell(clock and clock["first"]["median"]), cell(clock and clock["realised_ratio"], 2)]
+        mark = " e" if clock and clock["engine"] == "eager" else ""
+        line += [cell(clock and clock["first"]["median"]) + mark, cell(clock and clock["realised_ratio"], 2)]
     return [*line, cell(sum(row["ms_per_question"].get(stage, 0) for stage in ("vision", "prefill")), 2)]
 
 

@@ -27,7 +27,8 @@ def entries(layers: int, budgets: Sequence[float] = BUDGETS) -> list[Entry]:
     """All plans for a model of `layers` decoder layers.
 
     Methods that close up position ids by default run a second time with `positions=keep`: which of the two a model can
-    read is a property of the model. Stages of in-model methods fall geometrically to the budget.
+    read is a property of the model. Stages of in-model methods fall geometrically to the budget. Models of other depths
+    have the same list, with layers at the same shares of the depth.
     """
     found = []
     for share in budgets:
@@ -46,6 +47,6 @@ def entries(layers: int, budgets: Sequence[float] = BUDGETS) -> list[Entry]:
         inside += [f"sparsevlm(shares={stages})", f"sparsevlm(shares={stages},recycle=0)"]
         inside.append(f"pact(layer={2 * early},keep={min(1.0, round(1.1 * share, 4))})")
         found += [Entry("in the language model", plan, share) for plan in inside]
-    exits = [f"exit(layer={layer})" for layer in range(layers // 3, layers, max(1, layers // 12))]
+    exits = [f"exit(layer={round(layers * twelfth / 12)})" for twelfth in range(4, 12)]
     exits += ["exit(layer=auto)", *(f"dyvte(bias={bias})" for bias in BIASES), "fastv(keep=0.5)+dyvte(bias=0.0)"]
     return [*found, *(Entry("exit", plan, None) for plan in exits)]

@@ -59,8 +59,8 @@ class Execution:
         """Closes the answer files."""
         self._stack.close()
 
-    def add(self, plan: Plan) -> Job:
-        """Opens a plan's answers; one that does not fit the model is refused now, by the first question."""
+    def add(self, plan: Plan, trial: bool = True) -> Job:
+        """Opens a plan's answers; with a `trial`, one that does not fit the model is refused now, by a question."""
         if str(plan) in self.jobs:
             return self.jobs[str(plan)]
         name = f"answers-{hashlib.sha256(str(plan).encode()).hexdigest()[:12]}"
@@ -68,19 +68,19 @@ class Execution:
         ids = [record.id for record in self.records]
         log = self._stack.enter_context(AnswerLog(self.folder, name, header, ids, self.world.rank))
         log.share(self.world.gather(list(log.answers.values())))
-        if ids[0] not in log.answers:
+        if trial and ids[0] not in log.answers:
             with self.asker.under(plan) as run:
                 self.asker.ask(self.records[:1], run, most=1)
         self.jobs[str(plan)] = Job(plan, log)
         return self.jobs[str(plan)]
 
-    def add_baselines(self, job: Job, names: Collection[str], seeds: Sequence[int]) -> None:
+    def add_baselines(self, job: Job, names: Collection[str], seeds: Sequence[int], trial: bool = True) -> None:
         """Adds baselines at the budget of a plan that has been run; what the model cannot carry goes to `left_out`."""
         for name, plans in matched(job.share, seeds).items():
             if name not in names:
                 continue
             try:
-                found = [str(self.add(plan).plan) for plan in plans]
+                found = [str(self.add(plan, trial).plan) for plan in plans]
             except MMEfficientError as error:
                 self.left_out |= {str(plan): str(error) for plan in plans}
                 continue

@@ -59,7 +59,7 @@ class Asker:
         with StageTimer(self.model) as timer:
             if batch.inputs is None:
                 with timer.preprocess():
-                    batch.inputs = self._inputs(records)
+                    batch.inputs = self.inputs(records)
                 batch.ms["preprocess"] = timer.stages_ms["preprocess"]
             output = self.model.generate(
                 **batch.inputs,
@@ -78,7 +78,8 @@ class Asker:
         wall = round((time.perf_counter() - began) * 1e3 / len(records), 4)
         return [replace(answer, wall_ms=wall) for answer in answers]
 
-    def _inputs(self, records: Sequence[Record]) -> Any:
+    def inputs(self, records: Sequence[Record]) -> Any:
+        """What the model is given for one batch, on its device, padded on the left."""
         pictures = self.task.pictures(records, self.model.device)
         inputs = self.processor.apply_chat_template(
             [[user_message([picture], record.question)] for picture, record in zip(pictures, records, strict=True)],

@@ -49,6 +49,7 @@ def run_eval(
     resamples: int = 2000,
     seed: int = 0,
     progress: bool | None = None,
+    trial: bool = True,
 ) -> dict[str, Any]:
     """Evaluates plans on a task, each against no plan, which always runs first, and against blind baselines.
 
@@ -78,6 +79,7 @@ def run_eval(
         resamples: bootstrap samples behind the 95 % intervals.
         seed: of the bootstrap.
         progress: whether to draw a progress bar on stderr; by default when that is a terminal.
+        trial: whether every plan is tried on one question before the others are asked, by each process.
 
     Returns:
         The report, which is also the content of `report.json`: see `mmefficient.evaluation.report.build`.
@@ -112,12 +114,12 @@ def run_eval(
         "max_new_tokens": {kind: task.kinds[kind].max_new_tokens for kind in dict.fromkeys(r.kind for r in records)},
     }
     with Execution(asker, records, identity, folder, world) as execution:
-        given = [execution.add(plan) for plan in chosen]
+        given = [execution.add(plan, trial) for plan in chosen]
         wanted = NAMES if baselines is True else baselines or ()
         if wanted:
             execution.run(size, 0, progress)  # budgets are what plans turn out to keep
         for job in given[1:] if wanted else ():
-            execution.add_baselines(job, wanted, seeds)
+            execution.add_baselines(job, wanted, seeds, trial)
         runs = execution.run(size, check_flips, progress)
     report = build(
         task,

@@ -10,10 +10,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from mmefficient.errors import ModelError, PlanError
-from mmefficient.graph.block import refusal
 from mmefficient.graph.capture import CudaGraphs, Recorder
 from mmefficient.graph.engine import Engine
 from mmefficient.graph.generate import GenerateTap, log
+from mmefficient.graph.modules import modules_of
 
 if TYPE_CHECKING:
     from mmefficient.executor import Executor
@@ -42,7 +42,8 @@ def attach(executor: Executor, engine: EngineName) -> list[Callable[[], Any]]:
     model: Any = executor.model
     if engine == "eager" or not hasattr(model, "generate"):
         return []
-    reason = _refusal(executor)
+    modules = modules_of(model, executor.adapter.layers)
+    reason = _refusal(executor) or modules.refusal()
     if reason is None and engine == "graph" and next(model.parameters()).device.type != "cuda":
         reason = "there are no CUDA graphs on this device"
     if reason is not None:
@@ -52,6 +53,7 @@ def attach(executor: Executor, engine: EngineName) -> list[Callable[[], Any]]:
         log.info("runs without the graph engine: %s", reason)
         return []
     runner = engine_of(model, executor.adapter)
+    runner.modules = modules
     own = model.__dict__.get("generate")
     model.__dict__["generate"] = GenerateTap(runner, executor, model.generate, strict=engine == "graph")
     executor.watcher.engine = runner
@@ -83,18 +85,15 @@ def release(model: nn.Module) -> None:
 
 
 def _refusal(executor: Executor) -> str | None:
-    """Why the engine cannot run this model under this plan."""
-    adapter, config = executor.adapter, executor.adapter.decoder.config
-    devices = {parameter.device for parameter in executor.model.parameters()}
-    if len(devices) != 1 or next(iter(devices)).type not in ("cuda", "cpu"):
-        return "the model is not on one CUDA device or the CPU"
+    """Why the engine cannot run this plan, or a model of these settings."""
+    config = executor.adapter.decoder.config
     if executor.run.mode != "apply":
         return "simulating removes no tokens"
-    if not all(plan.recordable for plan in executor.planned.values()):
-        return "the plan treats visual rows as the programs do not"
     for modulation in {each for found in executor.modulated.values() for each in found}:
         if not modulation.recordable:
             return f"{modulation.name} cannot be recorded"
+    if not all(plan.recordable for plan in executor.planned.values()):
+        return "the plan treats visual rows as the programs do not"
     if executor.stream is not None:
         return "the plan runs a second stream"
     for method in executor.reducers:
@@ -108,7 +107,7 @@ def _refusal(executor: Executor) -> str | None:
     head: Any = executor.model.get_output_embeddings()  # type: ignore[operator]
     if type(head) is not nn.Linear:
         return "the head is no linear layer"
-    return next(filter(None, map(refusal, adapter.layers)), None)
+    return None
 
 
 def _restore(place: dict[str, Any], name: str, value: Any) -> None:

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from mmefficient.bench.timers import Timed
 from mmefficient.graph.block import Rope
 from mmefficient.graph.capture import Captures, Inputs, Recorder
+from mmefficient.graph.modules import modules_of
 from mmefficient.graph.store import Store
 
 if TYPE_CHECKING:
@@ -46,9 +47,7 @@ class Engine:
         self.captures = Captures(recorder, weight.device)
         shape = (len(adapter.layers), len(weight) // size, size)
         self.store = Store(*shape, weight.dtype, weight.device, self.captures.clear)
-        self.weights: tuple[int, ...] = ()
-        # walking the modules costs a millisecond
-        self._parameters = [module._parameters for module in (*adapter.base.modules(), self.head)]
+        self.modules, self.weights = modules_of(model, adapter.layers), list[int]()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of a model has no engine yet."""
@@ -85,7 +84,7 @@ class Engine:
 
     def check(self) -> None:
         """Forget recordings if weights have moved since."""
-        now = tuple(p.data_ptr() for held in self._parameters for p in held.values() if p is not None)
+        now = self.modules.addresses()
         if now != self.weights:
             self.captures.clear()
             self.weights = now

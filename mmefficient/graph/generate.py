@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mmefficient.arguments import arguments_of
 from mmefficient.errors import ModelError
 from mmefficient.graph.decoding import Session, step
 from mmefficient.graph.prompt import Prompt
@@ -59,8 +60,7 @@ class GenerateTap:
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, engine, stock = self.executor.model, self.engine, self.__wrapped__
-        given = inspect.signature(stock).bind(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        given = arguments_of(stock, args, kwargs)
         with engine.lock:
             reason = self.refusal(model, given)
             if reason is not None:

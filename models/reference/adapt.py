@@ -94,17 +94,27 @@ def resume(model: Any, folder: Path) -> None:
             parameter.copy_(found[name])
 
 
-def load(model: Any, folder: Path) -> None:
-    """Add the delta in `folder` to the weights of `model`.
+def chain(folder: Path) -> list[Path]:
+    """The deltas to add, in order, for the one in `folder`: those of the variant that it was trained on, and it.
 
     Raises:
-        ModelError: it is not there, or belongs to another model.
+        ModelError: it, or one that it needs, is not there.
     """
     if not (folder / WEIGHTS).is_file():
         known = sorted(path.parent.name for path in VARIANTS.glob(f"*/{WEIGHTS}"))
         raise ModelError(
             f"there is no delta at {folder}; the reference model comes with: {', '.join(known) or 'none'}."
         )
+    _, _, before = json.loads((folder / "delta.json").read_text())["base"].rpartition("+")
+    return [*(chain(VARIANTS / before) if before != "reference" else []), folder]
+
+
+def load(model: Any, folder: Path) -> None:
+    """Add the delta in `folder` to the weights of `model`, which is what it was trained on.
+
+    Raises:
+        ModelError: it belongs to another model.
+    """
     found = load_file(folder / WEIGHTS)
     if any(name.startswith(f"model.{PROJECTORS}.") for name in found):
         setattr(model.model, PROJECTORS, _projectors(model).requires_grad_(False).eval())

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 import mmefficient as mm
-from mmefficient.bench.evidence import accuracy, joined, run, usable
+from mmefficient.bench.evidence import accuracy, first_tokens, joined, run, usable
+from mmefficient.bench.evidence_clock import ClockLog
 from mmefficient.bench.evidence_page import NOT_BETTER, figure, tables
 from mmefficient.bench.evidence_plans import Entry, entries
 from mmefficient.bench.result import Target
+from mmefficient.errors import InputError
 from mmefficient.plan import Plan
 from mmefficient.vlm import VLM
 
@@ -28,10 +30,15 @@ CHOSEN = [
 
 
 @pytest.fixture(scope="module")
-def result(checkpoint: Path) -> dict[str, Any]:
+def result(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     vlm = VLM.from_pretrained(str(checkpoint), device="cpu")
-    options: dict[str, Any] = {"limit": 24, "batch_size": 12, "batches": (1, 2), "repeats": 2}
-    return run(CHOSEN, vlm, open_target=lambda: Target.open(str(checkpoint), "cpu"), **options)
+    folder = tmp_path_factory.mktemp("evidence")
+    known = [entry for entry in CHOSEN if not entry.plan.startswith("nothing")]
+    first_tokens(known, lambda layers: known, lambda: Target.open(str(checkpoint), "cpu"), (1, 2), 2, "eager", folder)
+    parts: list[int] = []
+    found = run(CHOSEN, vlm, limit=24, batch_size=12, folder=folder, write=lambda part: parts.append(len(part["rows"])))
+    assert parts == [5, 6]  # no plan and a budget's plans, then those that have none
+    return found
 
 
 def test_every_usable_plan_has_a_row_and_others_a_reason(result: dict[str, Any]) -> None:
@@ -60,15 +67,37 @@ def test_the_page(result: dict[str, Any]) -> None:
     assert len(figure({**result, "clock": {}}).axes) == 1
 
 
-def test_times_are_compared_within_a_process() -> None:
-    def row(plan: str, ms: float) -> dict[str, Any]:
-        return {"plan": plan, "batch": 1, "ms": {"first": {"median": ms}}, "realised_ratio": None}
+def test_cells() -> None:
+    """Times count against no plan beside them; of adaptive plans only those that left their budget."""
 
-    timed = [row("none", 10.0), row("a", 5.0), row("none", 20.0), row("b", 5.0)]
-    found = {
-        each["plan"]: each["clock"]["1"]["faster"] for each in joined([{"plan": p} for p in ("none", "a", "b")], timed)
-    }
-    assert found == {"none": 1.0, "a": 2.0, "b": 4.0}
+    def row(plan: str, ms: float, none: float, **changes: Any) -> dict[str, Any]:
+        facts = {"plan": plan, "timed": plan, "batch": 1, "engine": "eager", "adaptive": False, "left": 0.5}
+        times = {"first": {"median": ms}, "none": {"median": none}, "none_prefill": none, "flops": [1, 2]}
+        return {**facts, **times, **changes}
+
+    timed = [row("a()", 5.0, 10.0), row("b()", 5.0, 20.0, adaptive=True), row("c()", 1.0, 2.0, adaptive=True)]
+    names = ("a()", "a(,positions=keep)", "b()", "c()")
+    plans = [{"plan": plan, "keep": 0.5 if plan < "c" else None} for plan in names]
+    found = {each["plan"]: each["clock"].get("1", {}).get("faster") for each in joined(plans, timed)}
+    assert found == {"a()": 2.0, "a(,positions=keep)": 2.0, "b()": 4.0, "c()": None}
+    assert joined(plans, timed)[0]["clock"]["1"]["realised_ratio"] == 1.0
+    assert not joined(plans, [row("b()", 5.0, 20.0, adaptive=True, left=0.4)])[2]["clock"]
+
+
+def test_times_go_on_where_they_stopped(tmp_path: Path) -> None:
+    log = ClockLog(tmp_path, {"model": "m"})
+    assert not list(tmp_path.iterdir())
+    log.add({"plan": "a", "batch": 1})
+    with (tmp_path / "first-token-0.jsonl").open("a") as file:
+        file.write('{"plan": "b", "ba')
+    again = ClockLog(tmp_path, {"model": "m"}, rank=1)
+    assert again.holds("a", 1)
+    assert not again.holds("a", 8)
+    log = ClockLog(tmp_path, {"model": "m"})
+    log.add({"plan": "c", "batch": 8})
+    assert ClockLog(tmp_path, {"model": "m"}).rows == [{"plan": "a", "batch": 1}, {"plan": "c", "batch": 8}]
+    with pytest.raises(InputError, match="choose another folder"):
+        ClockLog(tmp_path, {"model": "n"})
 
 
 def test_every_plan_of_the_table_can_be_read(checkpoint: Path) -> None:

@@ -29,6 +29,7 @@ PLANS = [
     "paint(alpha=0.9,beta=0.5,local=0.5,first=1)+lift(gain=1.3)",
     "fastv(layer=2,keep=0.5)+pai(alpha=0.4)",
     "pool(keep=0.3)+vhr(alpha=1.7)+spin(keep=0.5)+vaf(first=1,last=2)",
+    "vhr(alpha=1.7)+skip_ffn(layers=(0,))",
     "exit(layer=2)+vhr(alpha=1.7)+var(p=0.3,rho=0.4,tau=1.6)",
 ]
 CASES = [(family, plan) for family in tiny.FAMILIES for plan in PLANS if family != "qwen2_5_vl" or "paint" not in plan]

@@ -14,6 +14,7 @@ from mmefficient.kernels.greedy_select import reference as greedy_reference
 from mmefficient.kernels.group_mix import reference as mix_reference
 from mmefficient.kernels.grouped_attention import reference as grouped_reference
 from mmefficient.kernels.key_scores import reference as scores_reference
+from mmefficient.kernels.least_heads import reference as least_reference
 from mmefficient.kernels.rms_norm import reference as norm_reference
 from mmefficient.kernels.rope_store import reference as rope_reference
 from mmefficient.kernels.swiglu import reference as swiglu_reference
@@ -30,6 +31,7 @@ REFERENCES = {
     rope_reference: "rope_store",
     swiglu_reference: "swiglu",
     mix_reference: "group_mix",
+    least_reference: "least_heads",
 }
 
 

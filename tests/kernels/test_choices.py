@@ -17,6 +17,7 @@ from mmefficient.kernels.grouped_attention import forward as grouped
 from mmefficient.kernels.grouped_attention import grouped_attention, make_layout
 from mmefficient.kernels.grouped_attention.layout import default_blocks
 from mmefficient.kernels.key_scores import key_scores
+from mmefficient.kernels.least_heads import least_heads
 from mmefficient.kernels.rms_norm import rms_norm
 from mmefficient.kernels.rope_store import rope_store
 from mmefficient.kernels.swiglu import swiglu
@@ -121,6 +122,7 @@ def test_operators(device: torch.device) -> None:
     from mmefficient.kernels.group_mix.op import mix_op
     from mmefficient.kernels.grouped_attention.op import grouped_op, pack
     from mmefficient.kernels.key_scores.op import key_scores_op
+    from mmefficient.kernels.least_heads.op import least_op
     from mmefficient.kernels.rms_norm.op import norm_op
     from mmefficient.kernels.rope_store.op import rope_op
     from mmefficient.kernels.swiglu.op import swiglu_op
@@ -144,6 +146,7 @@ def test_operators(device: torch.device) -> None:
         (rope_op, (q, *[k[:, :, :4].transpose(1, 2)] * 2, *angles, k.clone(), k.clone(), lengths - 7)),
         (swiglu_op, (k, k)),
         (mix_op, (*halved(k), torch.float16)),
+        (least_op, (k, k[:, :, 0], lengths.float(), 1)),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -167,6 +170,7 @@ def test_no_graph_break(device: torch.device) -> None:
         turned,
         lambda k, impl: swiglu(k + 1, k, impl=impl),
         lambda k, impl: group_mix(*halved(k), dtype=k.dtype, impl=impl),
+        lambda k, impl: least_heads(k + 1, k[:, :, 0], lengths.float(), 1, impl=impl),
     ]
     for call in calls:
         whole = torch.compile(call, fullgraph=True, backend="aot_eager")

@@ -9,6 +9,7 @@ import torch
 
 from mmefficient.kernels.accuracy import error, require
 from mmefficient.kernels.decode_linear import decode_linear
+from mmefficient.kernels.least_heads import least_heads
 from mmefficient.kernels.rms_norm import rms_norm
 from mmefficient.kernels.rope_store import rope_store
 from mmefficient.kernels.swiglu import swiglu
@@ -94,6 +95,22 @@ def test_rope(kernel: Any, device: torch.device, dim: int, shared: bool, dtype: 
         assert torch.equal(new.transpose(1, 2)[~written], old.transpose(1, 2)[~written])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [5, pytest.param(32, marks=pytest.mark.gpu)])
+def test_least_heads(kernel: Any, device: torch.device, heads: int, dtype: torch.dtype) -> None:
+    query = torch.randn(2, 3, heads, 24, device=device, dtype=dtype).transpose(1, 2)
+    along, factor = torch.randn(2, heads, 24, device=device), torch.tensor([0.3, 1.0], device=device)
+    along[0, 0], along[0, 1] = 0, 0  # a tie
+    for count in (0, 2, heads):
+        found = kernel(least_heads, query, along, factor, count)
+        assert torch.equal(found, least_heads(query, along, factor, count, impl="reference"))
+        scores = torch.einsum("bhnd,bhd->bhn", query.float(), along)
+        for row in range(3):
+            limit = scores[0, :, row].sort().values[:count].amax() if count else float("-inf")
+            assert torch.equal(found[0, :, row] == 0.3, scores[0, :, row] <= limit)
+        assert (found[1] == 1).all()
+
+
 def test_refuse_what_does_not_fit() -> None:
     x, weight, cache = torch.randn(2, 8), torch.randn(4, 8), torch.randn(1, 1, 6, 4)
     calls: list[tuple[str, Any]] = [
@@ -105,6 +122,7 @@ def test_refuse_what_does_not_fit() -> None:
         ("norm", lambda: decode_linear(x[0], [weight], norm=weight[0][:3])),
         ("do not fit", lambda: rms_norm(x, weight[0][:3], 1e-6)),
         ("differ", lambda: swiglu(x, weight)),
+        ("of the heads", lambda: least_heads(cache, cache[:, :, 0], torch.ones(1), 2)),
         ("each other", lambda: rope_store(*(torch.randn(1, 2, h, 4) for h in (2, 1, 2)), x, x, cache, cache, x)),
         ("do not hold", lambda: rope_store(*[torch.randn(1, 2, 1, 4)] * 3, x, x, cache, cache[:, :, :1], x)),
         ("cos", lambda: rope_store(*[torch.randn(1, 2, 1, 4)] * 3, x, x, cache, cache, x)),

@@ -293,6 +293,7 @@ def test_neutral_settings_are_the_stock_model(family: str, implementation: str, 
         ("pai(first=9)", "layers out of range; the model has layers 0 to 3"),
         ("pai+vaf(first=2,last=3)", "both divide the keys of layer 2 into groups"),
         ("pai(first=0,last=1)+pai(first=1,last=2)", "both divide the keys of layer 1"),
+        ("vhr+shortv(layers=(0,))", "attend to less in layer 0, beside which the prompt is also read"),
     ],
 )
 def test_refused(plan: str, says: str) -> None:

@@ -3,6 +3,9 @@
 Files: `instances_{val,train}2014.json` and `captions_{val,train}2014.json` (in `annotations/` or beside it; the train
 files are optional), the pictures, and optionally `image_ids.txt` or `image_ids.json`, the ids to describe. Without that
 list: the 500 ids of val2014 whose sha256, as decimal text, is smallest, which no file system and no library changes.
+
+A variant's mode is the family of evaluators (`metrics.chair_coco`) that finds objects in descriptions and in reference
+captions alike; the kind of its records, and so the name of its scores, has the family in it.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ def _rows(files: Files, variant: Variant) -> Iterator[Row]:
         read = files.each(files.array(captions, "annotations"), _caption)
         for _, (key, caption) in read:
             if key in wanted:
-                objects[key].update(coco_lexicon().mentions(caption))
+                objects[key].update(coco_lexicon(variant.mode).mentions(caption))
                 captioned.add(key)
     source = files.find("image_ids.*", "annotations/instances_val2014.json", "instances_val2014.json")
     for key in ids or ():
@@ -89,19 +92,29 @@ def _subset(ids: Iterable[str]) -> list[str]:
 
 def _record(row: Row, variant: Variant) -> Record:
     picture = row.picture(row.text("file"), "val2014", "train2014", "images", "images/val2014", "images/train2014", ".")
-    return Record(row.id("id"), "caption", variant.prompt, picture.id, row.texts("objects", empty=True), picture)
+    kind = "caption" if variant.mode == "tables" else f"caption-{variant.mode}"
+    return Record(row.id("id"), kind, variant.prompt, picture.id, row.texts("objects", empty=True), picture)
 
+
+_OPERA, _PAI = "Please describe this image in detail.", "Please help me describe the image in detail."
 
 TASK = Dataset(
     name="chair",
     variants={
-        "opera": Variant("Please describe this image in detail.", 512),
-        "opera-64": Variant("Please describe this image in detail.", 64),
-        "ad-hh": Variant("Please describe this image in detail.", 128),
-        "pai": Variant("Please help me describe the image in detail.", 512),
+        "opera": Variant(_OPERA, 512, "tables"),
+        "opera-64": Variant(_OPERA, 64, "tables"),
+        "ad-hh": Variant(_OPERA, 128, "tables"),
+        "pai": Variant(_PAI, 512, "tables"),
+        "opera-pattern": Variant(_OPERA, 512, "pattern"),
+        "opera-wordnet": Variant(_OPERA, 512, "wordnet"),
+        "pai-wordnet": Variant(_PAI, 512, "wordnet"),
     },
     rows=_rows,
     record=_record,
-    scorers={"caption": chair(coco_lexicon())},
+    scorers={
+        "caption": chair(coco_lexicon()),
+        "caption-pattern": chair(coco_lexicon("pattern")),
+        "caption-wordnet": chair(coco_lexicon("wordnet")),
+    },
     facts=facts(),
 )

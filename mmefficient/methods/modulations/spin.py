@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from mmefficient.errors import PlanError
+from mmefficient.kernels.least_heads import least_heads
 from mmefficient.modulation import Change, LayerPrompt, Modulation, Rows
 from mmefficient.points import about
 
@@ -38,17 +39,11 @@ class SPIN(Modulation):
     def change(self, prompt: LayerPrompt) -> Change:
         # the sum of the logits is the logit of the sum: one stored vector per key head answers every later query
         total = (prompt.key.float() * prompt.tokens.visual[:, None, :, None]).sum(2)
-        total = total.repeat_interleave(prompt.query.shape[1] // total.shape[1], 1)[..., None]
-        low = torch.where(prompt.has_image, self.factor, 1.0)[:, None, None]
-        return Change(gain=partial(self.gain, total.to(prompt.query.dtype), low, torch.ones_like(low)))
+        heads = prompt.query.shape[1]
+        low = torch.where(prompt.has_image, self.factor, 1.0)
+        return Change(gain=partial(self.gain, total.repeat_interleave(heads // total.shape[1], 1), low))
 
-    def gain(self, total: torch.Tensor, low: torch.Tensor, one: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        """[B, Hq, R] for queries [B, Hq, R, d].
-
-        Args:
-            total: [B, Hq, d, 1], the sum of the image's keys; low, one: [B, 1, 1], the factors.
-        """
-        heads, score = query.shape[1], query @ total
-        # heads with fewer below them than are turned down; in few operations, for they run in every layer and step
-        rank = (score.transpose(1, 3) < score).sum(3)
-        return torch.where(rank < heads - int(self.keep * heads), low, one)
+    def gain(self, total: torch.Tensor, low: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """[B, Hq, R] for queries [B, Hq, R, d]; `total` [B, Hq, d] sums the image's keys, `low` [B] is the factor."""
+        heads = query.shape[1]
+        return least_heads(query, total, low, heads - int(self.keep * heads))

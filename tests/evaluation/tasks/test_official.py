@@ -12,6 +12,8 @@ from PIL import Image
 
 from mmefficient.errors import InputError
 from mmefficient.evaluation import Output, Record, Task, run_eval, tasks
+from mmefficient.evaluation.answers import Answer
+from mmefficient.evaluation.report import PlanRun, build
 from mmefficient.vlm import VLM
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -298,3 +300,17 @@ def test_records_of_one_kind_and_a_limit() -> None:
     task = load("mme")
     records: list[Record] = task.records(["OCR", "count"], 1)
     assert [record.kind for record in records] == ["count", "OCR"]
+
+
+def test_the_hallucination_subset_of_mme_sums_to_at_most_800() -> None:
+    """Existence and colour all right, one answer everywhere for count and position: 200 + 200 + 50 + 50."""
+    task = load("mme")
+    assert task.groups["hallucination"] == ("existence", "count", "position", "color")
+    records = task.records(task.groups["hallucination"], None)
+    always = {"count": "no", "position": "yes"}
+    said = [Answer(r.id, always.get(r.kind, r.truth[0]), False, [1], 1, 1.0, 1.0) for r in records]
+    settings = {"digest": ""}
+    report = build(task, records, [PlanRun("none", said)], settings=settings, environment={}, resamples=2, seed=0)
+    found = report["plans"][0]["metrics"]
+    assert 4 * 100 * found["hallucination/score"]["value"] == 500
+    assert found["hallucination/accuracy_plus"]["value"] == 0.5
