@@ -23,6 +23,7 @@ from mmefficient.bench.evidence_clock import ClockLog, entries_of, files, measur
 from mmefficient.bench.evidence_page import figure, tables
 from mmefficient.bench.evidence_plans import BUDGETS, Entry, entries
 from mmefficient.bench.result import Target
+from mmefficient.errors import InputError
 from mmefficient.evaluation import run_eval
 from mmefficient.evaluation.processes import Processes
 from mmefficient.loading import resolve_device
@@ -233,8 +234,13 @@ def command(
 
     quiet()
     if part == "table":
-        write(with_times(json.loads((out / "evidence.json").read_text(encoding="utf-8")), out))
+        made = out / "evidence.json"
+        if not made.exists():
+            raise InputError(f"{made} does not exist; make it with --part accuracy.")
+        write(with_times(json.loads(made.read_text(encoding="utf-8")), out))
         return
+    if part not in ("both", "accuracy", "clock"):
+        raise InputError(f"--part {part} is none of both, accuracy, clock and table.")
     world = Processes.current()
     place = world.device or device
     if dtype == "auto":
