@@ -287,7 +287,7 @@ def evidence(
     kind: Annotated[list[str] | None, typer.Option(help="Only this kind of question; repeat for more.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Random selections that each plan is compared with.")] = 3,
     positions: Annotated[str, typer.Option(help="both, or keep: leave out plans that close up position ids.")] = "both",
-    part: Annotated[str, typer.Option(help="both, or only: accuracy (the table from what there is), clock.")] = "both",
+    part: Annotated[str, typer.Option(help="both, accuracy, clock; table: times into a table that there is.")] = "both",
     repeats: Repeats = 7,
     device: Device = "auto",
     dtype: Dtype = "auto",
