@@ -83,7 +83,7 @@ def ask_tab(service: Service, samples: list[list[str]]) -> Inputs:
             for texts[side] in service.stream(model, picture, question, plan):
                 yield *texts, "", "", None
         yield *texts, "measuring …", "measuring …", None
-        one, other = service.measure(model, picture, question, [left, right])
+        one, other = service.measure(model, picture, question, [left, right], warm=True)
         longest = max(one.total_ms, other.total_ms)
         assert picture is not None
         attention = service.attention(model, picture, question)

@@ -8,7 +8,7 @@ import gradio as gr
 from PIL import Image
 
 from mmefficient.demo.ask import Inputs
-from mmefficient.demo.service import Service
+from mmefficient.demo.service import Service, served
 from mmefficient.demo.speak import spoken
 from mmefficient.demo.views import accuracies, comparison, head_maps, scatter
 from mmefficient.evaluation import run_eval
@@ -81,7 +81,7 @@ def evaluate_tab(service: Service, inputs: Inputs) -> None:
         """Accuracy per kind of question with 95 % intervals, without the plan and with it."""
         yield "Evaluating …"
         limit = max(1, min(int(count), MAX_QUESTIONS))
-        report = run_eval("scenes", [plan], service.model(model), limit=limit, baselines=False, progress=True)
+        report = run_eval("scenes", [served(plan)], service.model(model), limit=limit, baselines=False, progress=True)
         yield accuracies(report)
 
     button.click(
