@@ -13,7 +13,7 @@ from mmefficient.demo.speak import spoken
 from mmefficient.demo.views import accuracies, comparison, head_maps, scatter
 from mmefficient.evaluation import run_eval
 
-MAX_QUESTIONS = 110
+MIN_QUESTIONS, MAX_QUESTIONS = 22, 220
 PLAIN, TRACKED = gr.Progress(), gr.Progress(track_tqdm=True)  # Gradio finds them as defaults
 
 
@@ -72,7 +72,7 @@ def evaluate_tab(service: Service, inputs: Inputs) -> None:
     """Build the tab inside the current `gr.Blocks`."""
     gr.Markdown("A plan against no plan on the first questions of every kind of the embedded test split.")
     plan = gr.Textbox(label="Plan to evaluate", value="fastv(layer=2,keep=0.25)")
-    count = gr.Slider(11, MAX_QUESTIONS, 22, step=11, label="Questions")
+    count = gr.Slider(MIN_QUESTIONS, MAX_QUESTIONS, 44, step=22, label="Questions")
     button = gr.Button("Evaluate", variant="primary", elem_id="evaluate")
     table = gr.Markdown(elem_id="evaluation")
 
