@@ -28,7 +28,7 @@ CSS = """
 .mm-wide { overflow-x: auto; } .mm-wide table { border: 0 !important; border-collapse: collapse; }
 .mm-wide code { overflow-wrap: anywhere; white-space: normal; }
 .mm-wide td, .mm-wide th { padding: 0.25rem 0.6rem; border: 0 !important; text-align: left; }
-.mm-wide tr { border-bottom: 1px solid #8884; }
+.mm-wide tr { border: 0 !important; box-shadow: 0 1px #8884; }
 .mm-wide td.n, .mm-wide th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .mm-heads { display: inline-block; margin: 0 1.5rem 1rem 0; vertical-align: top; }
 .mm-heads div { display: flex; } .mm-heads span { width: 1.1rem; height: 1.1rem; margin: 1px; border-radius: 2px; }
