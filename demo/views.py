@@ -26,7 +26,7 @@ CSS = """
 .mm-facts { display: grid; grid-template-columns: max-content 1fr; gap: 0.1rem 0.8rem; margin: 0.4rem 0; }
 .mm-facts dt { font-weight: 600; } .mm-facts dd { margin: 0; }
 .mm-wide { overflow-x: auto; } .mm-wide table { border: 0 !important; border-collapse: collapse; }
-.mm-wide code { overflow-wrap: anywhere; white-space: normal; }
+.mm-wide code { overflow-wrap: anywhere; white-space: normal; } .mm-wide td:first-child { min-width: 10rem; }
 .mm-wide td, .mm-wide th { padding: 0.25rem 0.6rem; border: 0 !important; text-align: left; }
 .mm-wide tr { border: 0 !important; box-shadow: 0 1px #8884; }
 .mm-wide td.n, .mm-wide th.n { text-align: right; font-variant-numeric: tabular-nums; }
@@ -34,6 +34,7 @@ CSS = """
 .mm-heads div { display: flex; } .mm-heads span { width: 1.1rem; height: 1.1rem; margin: 1px; border-radius: 2px; }
 #kept img { width: 100%; object-fit: contain; }
 .mm-plot { width: 100%; max-width: 44rem; height: auto; }
+@media (max-width: 640px) { .mm-plot text { font-size: 24px; } }
 """
 
 
