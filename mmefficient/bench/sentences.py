@@ -2,10 +2,10 @@
 
     python -m mmefficient.bench sentences --out DIR
 
-The probe's margin is the one that hallucinates least in counterfactual validation captions, among those that lose at most
-one point of recall and repeat nothing more; what is left out makes captions shorter, so length is no part of the rule.
-Existence questions and captions of the test split are then answered by the model, with verified phrases, and by the tuned
-model. Only captions name objects, so verification leaves answers to questions as they are.
+The probe's margin is the one that hallucinates least in counterfactual validation captions, among those that lose at
+most one point of recall and repeat nothing more; what is left out makes captions shorter, so length is no part of the
+rule. Existence questions and captions of the test split are then answered by the model, with verified phrases, and by
+the tuned model. Only captions name objects, so verification leaves answers to questions as they are.
 """
 
 from __future__ import annotations
