@@ -124,6 +124,7 @@ def test_kept_facts_come_back_and_hidden_tensors_are_refused() -> None:
     assert list(again) == [1, 3]
     assert torch.equal(again[3][0].change.logit_map, scores)  # type: ignore[arg-type]
     assert torch.equal(again[1][0].change.gain(scores), gain)  # type: ignore[operator,misc]
+    assert Kept("plan", {0: (Part("all", Change()),)}, [8]).facts.numel() == 0
     assert Place(16, (2, 3), torch.float32).end == 40
     with pytest.raises(ModelError, match="make it a functools"):
         moved(Part("all", Change(gain=lambda query: gain)), lambda x: x, lambda x: x)
