@@ -22,7 +22,7 @@ from mmefficient.cache import fit_layer, stored_rows
 from mmefficient.call import Call
 from mmefficient.errors import InputError, ModelError, PlanError
 from mmefficient.masks import decode_mask, prefill_mask
-from mmefficient.matchers import EMBEDDINGS
+from mmefficient.matchers import EMBEDDINGS, load_looker
 from mmefficient.modulation import Modulation, by_layer
 from mmefficient.offer import Parts, Rope
 from mmefficient.points import LayerMethod, Method, Reducer, Scope
@@ -33,7 +33,7 @@ from mmefficient.row_checks import check_layer
 from mmefficient.rows import LayerPlan, RowLayer
 from mmefficient.run import Run
 from mmefficient.tokens import TokenMap, build
-from mmefficient.view import Stream, View, matches, repeated, seen
+from mmefficient.view import Sight, Stream, View, matches, repeated, rows_of
 from mmefficient.vision import Vision, Watcher
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Executor:
         views = [each for each in stages if isinstance(each, View)]
         self.stream = Stream(views[0], adapter, tokenizer) if views else None
         self.watcher = Watcher(adapter, stages)
+        self.reads_words = bool(self.watcher.matchers) or any("look" in each.needs for each in stages)
         self.configs = self._text_configs()
         self.implementation: str = adapter.decoder.config._attn_implementation
         self.flash = "flash" in self.implementation
@@ -112,7 +113,7 @@ class Executor:
         kinds = set(getattr(self.adapter.decoder.config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             raise ModelError(f"{name} has {', '.join(sorted(kinds))} layers; only full attention can drop tokens.")
-        if self.watcher.matchers and self.tokenizer is None:
+        if self.reads_words and self.tokenizer is None:
             raise PlanError(
                 f"{self.run.plan} compares patches with the words of the question; ask through VLM, or pass "
                 "tokenizer=processor.tokenizer to Plan.apply."
@@ -319,7 +320,7 @@ class Executor:
             call.repeats,
         )
         self.look(tokens)
-        if self.watcher.matchers:
+        if self.reads_words:
             assert call.ids is not None
             at = question_at(tokens, call.drafts)
             rows = [row[asks].tolist() for row, asks in zip(call.ids, at, strict=True)]
@@ -339,17 +340,25 @@ class Executor:
     def _varied(self, call: Call, tokens: TokenMap, embeds: torch.Tensor) -> dict[str, Any]:
         """The pictures that the second stream reads, one per row of the batch."""
         assert self.stream is not None
-        view, vision, repeats, match = self.stream.view, call.vision["image"], call.repeats.get("image", 1), None
+        view, vision, repeats = self.stream.view, call.vision["image"], call.repeats.get("image", 1)
+        name: str = getattr(view, "matcher", EMBEDDINGS)
+        pixels, facts = vision.given["pixel_values"], dict[str, Any]()
+        if view.needs & {"match", "look"}:
+            mean, std = self.adapter.pixel_statistics()
+            facts["black"] = tuple(-m / s for m, s in zip(mean, std, strict=True))
+        if "look" in view.needs:
+            asked = [call.words[row] for row in rows_of(tokens, repeats)]
+            facts["look"] = load_looker(name).look(pixels, mean, std, asked)
         if "match" in view.needs:
-            name: str = view.matcher  # type: ignore[attr-defined]
             tower, texts, inverted = None, None, False
             if name != EMBEDDINGS:
                 assert vision.tower is not None
                 tower, inverted = vision.tower.matched[name], self.watcher.matchers[name].inverted
                 texts = self._texts(call, name, tower.device)
             asks = question_at(tokens, call.drafts)
-            match = matches(tokens, embeds, asks, repeats, tower, texts, inverted)
-        return repeated(seen(view, vision.given, match, self.adapter), len(embeds), repeats)
+            facts["match"] = matches(tokens, embeds, asks, repeats, tower, texts, inverted)
+        varied = {**vision.given, "pixel_values": view.pictures(Sight(pixels, **facts))}
+        return repeated(varied, len(embeds), repeats)
 
     def look(self, tokens: TokenMap) -> None:
         """Note whether a new prompt has images; raises ModelError if their tower facts are wanted and do not exist."""

@@ -34,6 +34,7 @@ class LayerPrompt:
         hidden: residual stream entering the layer, [B, n, D]; present when "hidden" is in `Modulation.needs`.
         heads, blind: output of every head in the last prompt row, before the output projection, float32 [B, Hq, d]:
             as it is, and for the same prompt without its visual tokens. Present when "blind" is in `needs`.
+        tail: bool [B, n], such slots; None = there are none.
         tower: facts per tower patch; `tokens.source` says which patch a visual token is. Present when "tower" is in
             `needs`.
     """
@@ -48,6 +49,7 @@ class LayerPrompt:
     heads: torch.Tensor | None = None
     blind: torch.Tensor | None = None
     tower: Tower | None = None
+    tail: torch.Tensor | None = None
 
     @property
     def has_image(self) -> torch.Tensor:
@@ -124,6 +126,8 @@ class Modulation(Method):
     many_turns: ClassVar[bool] = False  # it is asked about whole prompts
     per_layer: ClassVar[bool] = False
     """Whether `group` differs from layer to layer, even where the layers hold the same tokens."""
+    per_head: ClassVar[bool] = False
+    """Whether every head has groups of its own: then `group` gives [B, Hq, n], and heads run as rows of a batch."""
     recordable: ClassVar[bool] = True
     """Whether the method can be part of a recorded program: it does not wait for the device, and what it does depends
     on the prompt through the values of tensors alone."""
@@ -140,7 +144,7 @@ class Modulation(Method):
         return range(first, count if last < 0 else last + 1)
 
     def group(self, prompt: LayerPrompt) -> torch.Tensor:
-        """The group of every slot, integer [B, n] in 0..groups-1."""
+        """The group of every slot, integer [B, n] (or [B, Hq, n], see `per_head`) in 0..groups-1."""
         raise NotImplementedError(f"{type(self).__name__} changes maps or mixes but does not override group")
 
     def change(self, prompt: LayerPrompt) -> Change:

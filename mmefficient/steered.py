@@ -43,7 +43,8 @@ class KeyFacts:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One method's change in one layer, on `rows`; `group` [B, n] if it groups keys, `bias` [B or 1, Hq or 1, n]."""
+    """One method's change in one layer, on `rows`; `group` [B, n] or [B, Hq, n] if it groups keys, `bias` [B or 1,
+    Hq or 1, n]."""
 
     rows: Rows
     change: Change
@@ -55,6 +56,11 @@ class Part:
     def in_kernel(self) -> bool:
         """Whether it needs more than a factor on the output."""
         return self.bias is not None or self.group is not None
+
+    @property
+    def per_head(self) -> bool:
+        """Whether every head has key groups of its own."""
+        return self.group is not None and self.group.prompt.ndim == 3
 
 
 def new_rows(
@@ -96,11 +102,45 @@ def run_with(run: Callable[..., Any], owner: Part | None, biases: Sequence[torch
     bias = torch.stack(torch.broadcast_tensors(*biases)).sum(0) if len(biases) > 1 else (*biases, None)[0]
     change = Change() if owner is None else owner.change
     query = run.args[0]  # type: ignore[attr-defined]
-    found = run(bias=bias, logit_map=change.logit_map, partials=change.mix is not None)
+    found: Any
+    if owner is not None and owner.per_head:
+        found = _apart(run, bias)
+    else:
+        found = run(bias=bias, logit_map=change.logit_map, partials=change.mix is not None)
     if change.mix is None:
         return found
     (out, lse), mix = found, change.mix
     return group_mix(out, lse, mix.where, mix.move, mix.least, dtype=query.dtype)
+
+
+def as_rows(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Heads as rows of a batch: [B, H, ...] becomes [B * heads, 1, ...], key heads once for each of their queries."""
+    return x.repeat_interleave(heads // x.shape[1], 1).flatten(0, 1)[:, None]
+
+
+def _apart(run: Callable[..., Any], bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A kernel's partial results, [groups, B, Hq, R, d] and [groups, B, Hq, R], with groups that differ by head.
+
+    A plan of blocks, which `grouped_attention` takes, has been made for heads as rows.
+    """
+    query, key, value, fourth = run.args  # type: ignore[attr-defined]
+    batch, heads = query.shape[:2]
+    given = dict(run.keywords)  # type: ignore[attr-defined]
+    for name in ("group", "head_gain"):
+        if given.get(name) is not None:
+            given[name] = given[name].expand(batch, heads, -1).flatten(0, 1)
+    if given.get("head_gain") is not None:
+        given["head_gain"] = given["head_gain"][:, None]
+    if given.get("starts") is not None:
+        given["starts"] = given["starts"].repeat_interleave(heads)
+    if torch.is_tensor(fourth):
+        fourth = fourth.repeat_interleave(heads)
+    if bias is not None:
+        given["bias"] = bias.expand(batch, heads, -1).flatten(0, 1)[:, None]
+    rows = (as_rows(x, heads) for x in (query, key, value))
+    found = run.func(*rows, fourth, **given, partials=True)  # type: ignore[attr-defined]
+    out, lse = (x[:, :, 0].unflatten(1, (batch, heads)) for x in found)
+    return out, lse
 
 
 def _factor(gain: Gain, query: torch.Tensor) -> torch.Tensor:

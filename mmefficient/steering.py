@@ -107,7 +107,10 @@ class Reading:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefill: Prefill, scale: float
     ) -> None:
         self.query, self.key, self.value, self.prefill, self.scale = query, key, value, prefill, scale
-        self.prompt = LayerPrompt(layer, held(prefill), query, key, value, scale, prefill.hidden, tower=prefill.tower)
+        tokens = held(prefill)
+        self.prompt = LayerPrompt(
+            layer, tokens, query, key, value, scale, prefill.hidden, tower=prefill.tower, tail=self.tail
+        )
 
     def attend(self, methods: Sequence[Modulation], stock: Stock, beside: Beside | None) -> torch.Tensor:
         """Attention under `methods`; leaves in the prompt's state what decoding goes on with.
@@ -199,9 +202,25 @@ class Reading:
             return run_with(run, owner, [*biases, unseen]).transpose(1, 2)
         shared = owner.group if owner is not None else None
         options |= {"queries": places.count if places.index is None else places.index}
-        plan = self.prefill.recall((shared, rows), lambda: layout(self.prefill, self.query, **options))
+        plan = self.prefill.recall((shared, rows), lambda: self.plan(owner, options))
         run = partial(grouped_attention, query, self.key, self.value, plan, scale=self.scale)
         return run_with(run, owner, biases).transpose(1, 2)
+
+    def plan(self, owner: Part | None, options: dict[str, Any]) -> Layout:
+        """The blocks of a kernel call; with groups by head, for heads as rows."""
+        if owner is None or not owner.per_head:
+            return layout(self.prefill, self.query, **options)
+        return by_head(held(self.prefill).role, self.query, options)
+
+
+def by_head(role: torch.Tensor, query: torch.Tensor, options: dict[str, Any]) -> Layout:
+    """The plan of blocks for heads as rows; `options` as for `make_layout`, with the group [B, Hq, n]."""
+    heads = query.shape[1]
+    rows: dict[str, Any] = {"group": options["group"].flatten(0, 1)}
+    if torch.is_tensor(options["queries"]):
+        rows["queries"] = options["queries"].repeat_interleave(heads, 0)
+    given: dict[str, Any] = {"head_dim": query.shape[-1], "dtype": query.dtype, "exact": False} | options | rows
+    return make_layout(role.repeat_interleave(heads, 0), **given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,7 +299,8 @@ def _turn(
     options: dict[str, Any] = {"queries": width, "head_dim": query.shape[-1], "dtype": query.dtype, "exact": False}
     if owner is not None and owner.group is not None:
         options |= {"group": owner.group.upto(keys), "groups": owner.groups}
-    plan = make_layout(role, **options)
+    per_head = owner is not None and owner.per_head
+    plan = by_head(role, query, options) if per_head else make_layout(role, **options)
     biases = [part.bias.upto(keys) for part in parts if part.bias is not None]
     run = partial(grouped_attention, query[:, :, -width:], key, value, plan, scale=scale)
     return run_with(run, owner, biases).transpose(1, 2)

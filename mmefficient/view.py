@@ -34,11 +34,13 @@ class Sight:
         pixels: what the image processor made, of any family's shape.
         black: a black pixel as the image processor makes it, per channel; empty where that is unknown.
         match: patches and questions per picture, if "match" is in the view's `needs`.
+        look: where the questions look, and how well they go with their pictures (`matchers.Looker`), if "look" is.
     """
 
     pixels: torch.Tensor
     black: tuple[float, ...] = ()
     match: MatchTokens | None = None
+    look: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -223,17 +225,10 @@ class _Both:
         return result
 
 
-def seen(view: View, given: Mapping[str, Any], match: MatchTokens | None, adapter: Adapter) -> dict[str, Any]:
-    """What the second stream's image encoder is given, of what the first's was.
-
-    Raises:
-        ModelError: the view blackens pixels, and how the family's processor makes black is unknown.
-    """
-    black: tuple[float, ...] = ()
-    if match is not None:
-        mean, std = adapter.pixel_statistics()
-        black = tuple(-m / s for m, s in zip(mean, std, strict=True))
-    return {**given, "pixel_values": view.pictures(Sight(given["pixel_values"], black, match))}
+def rows_of(tokens: TokenMap, repeats: int) -> list[int]:
+    """The batch row of every picture; `repeats` equal rows stand for one prompt and its pictures."""
+    counts = [int(row.max()) + 1 for row in tokens.image.cpu()[::repeats]]
+    return [row * repeats for row, count in enumerate(counts) for _ in range(count)]
 
 
 def matches(
@@ -250,8 +245,7 @@ def matches(
     Raises:
         ModelError: the pictures do not have equally many patches.
     """
-    counts = [int(row.max()) + 1 for row in tokens.image.cpu()[::repeats]]
-    rows = [row * repeats for row, count in enumerate(counts) for _ in range(count)]
+    rows = rows_of(tokens, repeats)
     if patches is None or texts is None:
         patches = embeds[::repeats][tokens.visual[::repeats].to(embeds.device)]
         most = int(asks.sum(1).max())

@@ -6,6 +6,7 @@ A method names its matcher in a field, so that a plan stays text:
 - a folder or hub id of a CLIP checkpoint in transformers' format: the pair whose vision tower the model has.
 - `open_clip:ARCHITECTURE` or `open_clip:ARCHITECTURE/PRETRAINED`: an open_clip model that looks at the pictures itself
   (`pip install 'mmefficient[clip]'`).
+- `blip:FOLDER_OR_HUB_ID`: a BLIP image-text matching checkpoint, for `agla` alone.
 - any name given to `register`.
 """
 
@@ -13,14 +14,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from mmefficient.matchers.base import EMBEDDINGS, Matcher, Seen
+from mmefficient.errors import ModelError
+from mmefficient.matchers.base import EMBEDDINGS, Looker, Matcher, Seen
 
-__all__ = ["EMBEDDINGS", "Matcher", "Seen", "load", "register"]
+__all__ = ["BLIP", "EMBEDDINGS", "Looker", "Matcher", "Seen", "load", "load_looker", "register"]
 
-_registered: dict[str, Matcher] = {}
+BLIP = "blip:"
+_registered: dict[str, Matcher | Looker] = {}
 
 
-def register(name: str, matcher: Matcher) -> None:
+def register(name: str, matcher: Matcher | Looker) -> None:
     """Make a matcher known to plans as `matcher=NAME`, in place of an earlier one of that name."""
     _registered[name] = matcher
 
@@ -29,13 +32,32 @@ def load(name: str) -> Matcher:
     """The matcher called `name`, loaded once.
 
     Raises:
-        ModelError: it cannot be loaded; says why.
+        ModelError: it cannot be loaded, or has no space for patches; says why.
     """
+    found = _find(name)
+    if not isinstance(found, Matcher):
+        raise ModelError(f"matcher={name!r} compares pictures, not patches, with questions; only agla can use it.")
+    return found
+
+
+def load_looker(name: str) -> Looker:
+    """The same for one that looks at whole pictures."""
+    found = _find(name)
+    if not isinstance(found, Looker):
+        raise ModelError(f"matcher={name!r} is registered as one that compares patches; give it another name.")
+    return found
+
+
+def _find(name: str) -> Matcher | Looker:
     return _registered[name] if name in _registered else _load(name)
 
 
 @lru_cache(maxsize=4)
-def _load(name: str) -> Matcher:
+def _load(name: str) -> Matcher | Looker:
+    if name.startswith(BLIP):
+        from mmefficient.matchers.blip import BlipItm
+
+        return BlipItm.from_pretrained(name.removeprefix(BLIP))
     if name.startswith("open_clip:"):
         from mmefficient.matchers.open_clip import OpenClip
 

@@ -58,6 +58,23 @@ class Matcher(ABC):
         """
 
 
+class Looker(ABC):
+    """Says where in a picture a question looks, from both together."""
+
+    @abstractmethod
+    def look(
+        self, pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float], questions: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Relevance of patches, and how well a question goes with its picture.
+
+        Args:
+            pixels: [N, 3, H, W], normalised with `mean` and `std`; questions: one per picture.
+
+        Returns:
+            float32 [N, T], T patches in a square grid, larger where the question looks; cosines, float32 [N].
+        """
+
+
 def pieces(tokens: Sequence[Sequence[int]], length: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut token lists into pieces of at most `length`, each between `start` and `end`, filled up with zeros.
 

@@ -51,7 +51,7 @@ class OpenClip(Matcher):
         visual = self.clip.to(seen.pixels.device).visual
         weight = visual.conv1.weight
         settings = getattr(visual, "preprocess_cfg", {})
-        pixels = _renormalise(seen.pixels.float(), seen.mean, seen.std, settings.get("mean"), settings.get("std"))
+        pixels = renormalise(seen.pixels.float(), seen.mean, seen.std, settings.get("mean"), settings.get("std"))
         pixels = F.interpolate(pixels, size=_pair(visual.image_size), mode="bicubic", antialias=True)
         with torch.no_grad():
             states = visual.forward_intermediates(
@@ -81,7 +81,7 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _renormalise(
+def renormalise(
     pixels: torch.Tensor,
     mean: Sequence[float],
     std: Sequence[float],

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mmefficient.bench.hallucination import STRENGTHS, choose, table
+from mmefficient.bench.hallucination import STRENGTHS, broken, choose, table
 from mmefficient.evaluation.tasks import get
 from mmefficient.evaluation.tasks.hallucination import KINDS, task
 from mmefficient.models.reference.scenes import splits
@@ -47,10 +47,18 @@ def metrics(chair: float, recall: float = 0.9, length: float = 8.0, repeats: flo
         ({"a": metrics(0.2), "b": metrics(0.1, repeats=0.01)}, ("a", True)),
         ({"a": metrics(0.1), "b": metrics(0.1, right=0.95)}, ("b", True)),
         ({"a": metrics(0.1, recall=0.5), "b": metrics(0.2, recall=0.8)}, ("b", False)),
+        ({"a": metrics(0.1, repeats=0.06), "b": metrics(0.2, recall=0.86)}, ("b", False)),
     ],
 )
 def test_strengths_are_chosen_among_those_that_keep_the_captions(tried: Any, chosen: tuple[str, bool]) -> None:
     assert choose(metrics(0.3), tried) == chosen
+
+
+def test_captions_that_come_apart() -> None:
+    base = metrics(0.3, recall=0.95, repeats=0.01)
+    assert broken(base, metrics(0.0, recall=0.89))
+    assert broken(base, metrics(0.0, recall=0.95, repeats=0.07))
+    assert not broken(base, metrics(0.5, recall=0.91, repeats=0.05, length=20.0))
 
 
 def test_every_strength_is_a_plan() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,6 +80,29 @@ def spin(layer: Layer) -> torch.Tensor:
     factor = torch.where(layer.image.any(1)[:, None], factor, 1.0)
     out[:, :, -1] *= factor[..., None]
     return out
+
+
+def act(layer: Layer) -> torch.Tensor:
+    """ACT: in layers 2 and up but the last, sinks of a head keep 0.3 of their weight, all others get the rest."""
+    weights = layer.logits.softmax(-1)
+    if layer.index != 2:
+        return layer.out(weights)
+    if layer.prefill:
+        found = torch.zeros(weights.shape[:2] + weights.shape[-1:], dtype=torch.bool)
+        for b, h in np.ndindex(*weights.shape[:2]):
+            rows = layer.real[b].nonzero()[:, 0].tolist()
+            received = {j: float(np.mean([float(weights[b, h, i, j]) for i in rows if i >= j])) for j in rows}
+            found[b, h, [j for j in rows if received[j] > 0.08][1:]] = True
+        layer.memory[layer.index] = found & layer.image.any(1)[:, None, None]
+    sink = layer.memory[layer.index]
+    assert sink.any(-1).any(-1).tolist() == [True, False, True]
+    assert (sink[0] != sink[0, :1]).any()  # heads differ
+    sink = torch.cat([sink, sink.new_zeros(*sink.shape[:2], weights.shape[-1] - sink.shape[-1])], -1)[:, :, None]
+    mass = (weights * sink).sum(-1, keepdim=True)
+    changed = torch.where(sink, 0.3 * weights, weights * (1 + 0.7 * mass / (1 - mass)))
+    sums = changed.sum(-1)
+    torch.testing.assert_close(sums[sums.isfinite()], torch.ones(int(sums.isfinite().sum())))
+    return layer.out(changed)
 
 
 def lift(layer: Layer) -> torch.Tensor:
@@ -172,6 +196,7 @@ ORACLES: dict[str, Callable[[Layer], torch.Tensor]] = {
     "var(p=0.3,rho=0.4,tau=1.6)": var,
     "spin(keep=0.5,factor=0.3)": spin,
     "lift(gain=1.7,first=1)": lift,
+    "act(beta=0.3,theta=0.08)": act,
     f"adhh(theta=0.2,heads={HEADS})": adhh,
 }
 
@@ -192,6 +217,41 @@ def test_equals_the_published_algorithm(plan: str, implementation: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (found - stock)[:, [0, 2]].abs().max() > 1e-3
     torch.testing.assert_close(found[:, 1], stock[:, 1], rtol=0, atol=1e-5)  # a row without image
+
+
+def again(model: PreTrainedModel, batch: dict[str, torch.Tensor], new: torch.Tensor, step: int) -> torch.Tensor:
+    """Logits after `step` new tokens, everything read in one forward without a cache, [B, V]."""
+    ids = torch.cat([batch["input_ids"], new[:, :step]], 1)
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(new[:, :step])], 1)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    given = {**batch, "input_ids": ids, "attention_mask": mask, "position_ids": position}
+    with torch.no_grad():
+        return model(**given, use_cache=False).logits[:, -1]
+
+
+@pytest.mark.parametrize("plan", ["pai(alpha=0.4)", "vaf(first=1,last=2)", "lift(gain=1.7)"])
+def test_decoding_with_a_cache_is_reading_everything_again(plan: str) -> None:
+    """A prompt's last row and all answer rows are changed alike, so one forward can do it; PAI's by its oracle."""
+    model, batch = tiny.build("llava", "eager"), tiny.ragged_batch("llava")
+    with Plan(plan).apply(model):
+        out = model.generate(**batch, **{**GREEDY, "max_new_tokens": STEPS})
+    length = batch["input_ids"].shape[1]
+    new = out.sequences[:, length:]
+
+    def whole(layer: Layer) -> torch.Tensor:
+        if layer.index < 2:
+            return plain(layer)
+        rows = torch.arange(layer.logits.shape[2]) >= length - 1
+        raised = torch.where(layer.image[:, None, None], layer.logits + 0.4 * layer.logits.abs(), layer.logits)
+        raised = torch.where(layer.logits.isinf(), layer.logits, raised)
+        return layer.out(torch.where(rows[:, None], raised, layer.logits).softmax(-1))
+
+    under = Plan(plan).apply(model) if "pai" not in plan else edited(
+        model, batch["input_ids"], batch["attention_mask"], whole
+    )  # fmt: skip
+    with under:
+        for step in range(STEPS):
+            torch.testing.assert_close(out.logits[step], again(model, batch, new, step), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -250,6 +310,23 @@ def test_vhr_equals_the_published_algorithm(implementation: str) -> None:
         torch.testing.assert_close(torch.stack(out.logits)[:, row], expected, rtol=0, atol=1e-5)
 
 
+def test_act_goes_on_alike_with_drafts_and_alone() -> None:
+    model = tiny.build("llava")
+    prompts = [tiny.prompt("llava", 1, 3, 6), tiny.prompt("llava", 2, 1, 4)]
+    with Plan("act(beta=0.2,theta=0.05)").apply(model):
+        together = logits(model, tiny.collate("llava", prompts), max_new_tokens=4)
+        for row, prompt in enumerate(prompts):
+            alone = tiny.collate("llava", [prompt])
+            torch.testing.assert_close(
+                together[:, row], logits(model, alone, max_new_tokens=4)[:, 0], rtol=0, atol=1e-5
+            )
+            greedy = model.generate(**alone, max_new_tokens=8, do_sample=False)
+            lookup = model.generate(**alone, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
+            assert torch.equal(greedy, lookup)
+    with pytest.raises(PlanError, match="neither 'all'"):
+        Plan("act(sinks=none)")
+
+
 def test_vhr_in_chosen_layers() -> None:
     assert list(VHR().layers(12)) == [1, 7, 8, 9, 10, 11]
     assert list(VHR(only=(3, 0)).layers(12)) == [0, 3]
@@ -273,7 +350,7 @@ NEUTRAL = [
     "vhr(alpha=1.0)",
     "var(p=1.0,tau=1.5)",
 ]
-NEUTRAL += ["lift(gain=1.0)", "spin(factor=1.0)", "adhh(theta=1.1,heads=((2,1),))"]
+NEUTRAL += ["act(beta=1.0,theta=0.05)", "lift(gain=1.0)", "spin(factor=1.0)", "adhh(theta=1.1,heads=((2,1),))"]
 
 
 @pytest.mark.parametrize("plan", NEUTRAL)

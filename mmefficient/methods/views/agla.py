@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch.nn import functional as F
 
 from mmefficient.errors import ModelError, PlanError
-from mmefficient.matchers import EMBEDDINGS
+from mmefficient.matchers import BLIP, EMBEDDINGS
 from mmefficient.methods.views.vcd import check_share, plausible
 from mmefficient.points import MatchTokens, about
 from mmefficient.view import Sight, View
 
+UNKNOWN = 0.6  # share that stays where no one says how well the question fits
 BLUR = 0.02  # standard deviation, as a share of the picture's side
 
 
@@ -25,11 +26,12 @@ class AGLA(View):
     name: ClassVar[str] = "agla"
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.12718"
     summary: ClassVar[str] = "add the logits of a picture blackened off the question's subject (two forwards per token)"
-    needs: ClassVar[frozenset[str]] = frozenset({"match"})
-
     alpha: float = field(default=2.0, metadata=about("weight of the masked picture"))
     beta: float = field(default=0.5, metadata=about("least probability of a token, as a share of the likeliest's"))
-    keep: float = field(default=0.6, metadata=about("share of the pixels that stay"))
+    keep: float | Literal["auto"] = field(
+        default="auto",
+        metadata=about("share of the pixels that stay; auto = by how well BLIP says the question fits, else 0.6"),
+    )
     matcher: str = field(
         default=EMBEDDINGS, metadata=about("what compares patches with the question: see docs/matchers.md")
     )
@@ -37,15 +39,30 @@ class AGLA(View):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.name, self.beta)
-        if not 0 < self.keep <= 1:
-            raise PlanError(f"agla: keep={self.keep} is outside (0, 1]; it is a share of the pixels.")
+        if self.keep != "auto" and (isinstance(self.keep, str) or not 0 < self.keep <= 1):
+            raise PlanError(f"agla: keep={self.keep!r} is neither 'auto' nor a share of the pixels in (0, 1].")
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """A looker compares whole pictures with questions, a matcher patches."""
+        return frozenset({"look" if self.matcher.startswith(BLIP) else "match"})
 
     def pictures(self, sight: Sight) -> torch.Tensor:
-        assert sight.match is not None
-        pixels, patches = sight.pixels, sight.match.patches.shape[1]
-        if pixels.ndim != 4 or len(pixels) != len(sight.match.patches) or math.isqrt(patches) ** 2 != patches:
+        pixels = sight.pixels
+        if pixels.ndim != 4:
             raise ModelError("agla needs pictures that are one square crop each; this family cuts them otherwise.")
-        stays = mask(relevance(sight.match), (pixels.shape[2], pixels.shape[3]), self.keep)
+        if sight.look is not None:
+            map_, cosine = sight.look
+            share = (1 - cosine / 2).clamp(max=1 - 1e-5)
+        else:
+            assert sight.match is not None
+            map_ = relevance(sight.match)
+            share = torch.full((len(map_),), UNKNOWN, device=map_.device)
+        if len(map_) != len(pixels) or math.isqrt(map_.shape[1]) ** 2 != map_.shape[1]:
+            raise ModelError("agla needs pictures whose patches form a square; this family cuts them otherwise.")
+        if self.keep != "auto":
+            share = torch.full_like(share, self.keep)
+        stays = mask(map_, (pixels.shape[2], pixels.shape[3]), share)
         return torch.where(stays[:, None], pixels, pixels.new_tensor(sight.black)[:, None, None])
 
     def combine(self, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -60,8 +77,8 @@ def relevance(match: MatchTokens) -> torch.Tensor:
     return -mean if match.inverted else mean
 
 
-def mask(relevance: torch.Tensor, size: tuple[int, int], keep: float) -> torch.Tensor:
-    """bool [N, *size]: the share `keep` of the pixels where the patches' relevance [N, T], made smooth, is highest."""
+def mask(relevance: torch.Tensor, size: tuple[int, int], keep: torch.Tensor) -> torch.Tensor:
+    """bool [N, *size]: the share `keep` [N] of the pixels where the patches' relevance [N, T], smooth, is highest."""
     side = math.isqrt(relevance.shape[1])
     maps = F.interpolate(_unit(relevance.unflatten(1, (side, side)))[:, None], size, mode="bicubic")
     sigma = BLUR * max(size)
@@ -71,8 +88,9 @@ def mask(relevance: torch.Tensor, size: tuple[int, int], keep: float) -> torch.T
     kernel = kernel / kernel.sum()
     maps = F.pad(maps, [reach] * 4, mode="replicate")
     maps = F.conv2d(F.conv2d(maps, kernel[None, None, None]), kernel[None, None, :, None])[:, 0]
-    least = maps.flatten(1).sort(descending=True).values[:, max(1, round(keep * maps[0].numel())) - 1]
-    return maps >= least[:, None, None]
+    rank = (keep.double() * maps[0].numel()).round().long().clamp(min=1) - 1
+    least = maps.flatten(1).sort(descending=True).values.gather(1, rank[:, None])
+    return maps >= least[..., None]
 
 
 def _unit(maps: torch.Tensor) -> torch.Tensor:
