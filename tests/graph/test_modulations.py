@@ -24,6 +24,7 @@ PLANS = [
     "var(p=0.3,rho=0.4,tau=1.6)",
     "var(p=0.3,rho=0.4,tau=1.0,dims=(3,7))",
     "spin(keep=0.5,factor=0.3)",
+    "act(beta=0.3,theta=0.04)",
     "adhh(theta=0.2,heads=((1,0),(1,3),(3,2)))",
     "vhr(alpha=1.7,deep=0.5)",
     "paint(alpha=0.9,beta=0.5,local=0.5,first=1)+lift(gain=1.3)",
