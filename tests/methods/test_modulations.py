@@ -380,6 +380,18 @@ def test_refused(plan: str, says: str) -> None:
         Plan("pai(first=3,last=2)")
 
 
+@pytest.mark.parametrize("plan", ["vaf(first=0,last=1)", "var(tau=1.5)", "pai(alpha=0.4)"])
+def test_a_prompt_that_ends_with_its_image(plan: str) -> None:
+    """No row is after the image; the last one is the image's own."""
+    model, (ids, pixels) = tiny.build("llava"), tiny.prompt("llava", 1, 3, 0)
+    batch = tiny.collate("llava", [(ids[: ids.index(tiny.IMAGE) + 16], pixels)])
+    with Plan(plan).apply(model):
+        found = logits(model, batch)
+    stock = logits(model, batch)
+    assert torch.allclose(found[0], stock[0], atol=1e-5) == (plan != "pai(alpha=0.4)")
+    assert (found - stock)[1:].abs().max() > 1e-4
+
+
 def test_a_modulation_that_is_never_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Call, "steers", lambda self, layer: False)
     model, batch = tiny.build("llava"), tiny.ragged_batch("llava")
