@@ -56,11 +56,13 @@ class Profile:
             raise InputError(f"{path} is not a profile ({error}); make one as the method's page says.") from error
 
     @classmethod
-    def make(cls, kind: str, checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Profile:
-        """A profile that says which command, versions and hardware made it."""
+    def make(
+        cls, kind: str, checkpoint: Checkpoint, facts: Mapping[str, Any], by: str = "mmefficient.fitting"
+    ) -> Profile:
+        """A profile that says which command (the module `by`), versions and hardware made it."""
         from mmefficient.environment import collect
 
-        command = f"python -m mmefficient.fitting {shlex.join(sys.argv[1:])}"
+        command = f"python -m {by} {shlex.join(sys.argv[1:])}"
         return cls(kind, checkpoint.weights, facts, {"command": command, **collect()})
 
     def write(self, path: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:

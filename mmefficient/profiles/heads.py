@@ -196,7 +196,9 @@ def main(
     vlm = VLM.from_pretrained(model, device=device)
     heads, mentions = attribute(vlm, pictures, top)
     checkpoint = Checkpoint(vlm.model, len(vlm.model.get_decoder().layers))
-    Profile.make("adhh", checkpoint, {"heads": heads, "pictures": pictures, **mentions}).write(out)
+    Profile.make(
+        "adhh", checkpoint, {"heads": heads, "pictures": pictures, **mentions}, "mmefficient.profiles.heads"
+    ).write(out)
     print(heads, mentions)
 
 

@@ -134,7 +134,9 @@ def main(
     prompts = [chat_inputs(vlm, task("val").pictures([each], vlm.model.device), each.question) for each in records]
     facts = measure(vlm.model, prompts, vlm.model.config.image_token_id)
     checkpoint = Checkpoint(vlm.model, len(vlm.model.get_decoder().layers))
-    Profile.make("secondary_sinks", checkpoint, {"pictures": pictures, **facts}).write(out)
+    Profile.make(
+        "secondary_sinks", checkpoint, {"pictures": pictures, **facts}, "mmefficient.profiles.secondary_sinks"
+    ).write(out)
     print(facts["per_prompt"])
 
 
