@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mmefficient.kernels.grouped_attention import (
     grouped_attention,
     make_layout,
     no_visual_self_attention,
+    op,
 )
 from tests.kernels.prompts import facts, layout_for, qkv
 from tests.kernels.test_grouped_attention import PATTERNS, blocks
@@ -90,6 +92,23 @@ def test_packed_sequences(device: torch.device) -> None:
     ends = torch.tensor([0, 17, 18, 48], device=device)
     layout = make_layout(torch.full((1, 48), 4, device=device), cu_seqlens=ends, blocks=(16, 16), impl="triton")
     compare(layout, 2, 1, 32, torch.float32)
+
+
+def test_layers_share_the_lists_of_pairs(device: torch.device) -> None:
+    """A layout that is taken apart for torch comes back as itself, with what earlier calls made."""
+    layout = make_layout(torch.full((1, 20), 4, device=device), blocks=(16, 16), impl="triton")
+    q = torch.randn(1, 1, 20, 16, device=device, requires_grad=True)
+    assert layout.schedule is not None
+    for _ in range(2):
+        out = grouped_attention(q, q, q, layout, impl="triton")
+        assert torch.is_tensor(out)
+        out.sum().backward()
+        lists = [value for key, value in layout.schedule.launches.items() if key[0] == "pairs"]
+        assert len(lists) == 1
+    assert op.unpack(*op.pack(layout)) is layout
+    other = dataclasses.replace(layout, rules=layout.rules.clone())
+    assert op.unpack(*op.pack(other)).rules is other.rules
+    assert op.unpack(*op.pack(layout)).rules is layout.rules
 
 
 def test_what_has_no_backward_says_so(device: torch.device) -> None:
