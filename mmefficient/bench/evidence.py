@@ -23,6 +23,7 @@ from mmefficient.bench.evidence_clock import ClockLog, entries_of, files, measur
 from mmefficient.bench.evidence_page import figure, tables
 from mmefficient.bench.evidence_plans import BUDGETS, Entry, entries
 from mmefficient.bench.result import Target
+from mmefficient.errors import InputError
 from mmefficient.evaluation import run_eval
 from mmefficient.evaluation.processes import Processes
 from mmefficient.loading import resolve_device
@@ -34,19 +35,23 @@ PER_KIND = ("value", "low", "high")
 CAPTIONS = ("caption/recall", "caption/chair_s", "caption/chair_i")
 
 
-def usable(entries: Sequence[Entry], vlm: VLM, world: Processes | None = None) -> tuple[list[Entry], dict[str, str]]:
+def usable(
+    entries: Sequence[Entry], vlm: VLM, world: Processes | None = None, answers: Path | None = None
+) -> tuple[list[Entry], dict[str, str]]:
     """The entries that this installation and model can run, each plan once, under its full text; why not the others.
 
-    Processes of a `world` divide the trials.
+    Processes of a `world` divide the trials; plans that the folder `answers` has answers of need none.
     """
     world = world or Processes()
+    known = set() if answers is None else {plan_of(path) for path in answers.glob("*.jsonl")}
     tried: list[tuple[int, Entry, str]] = []
     for place, entry in list(enumerate(entries))[world.rank :: world.size]:
         try:
             plan = Plan(entry.plan)
-            with plan.apply(vlm.model):
-                pass
-            vlm.ask(torch.zeros(3, 8, 8, dtype=torch.uint8), "?", plan=plan, max_new_tokens=1)
+            if str(plan) not in known:
+                with plan.apply(vlm.model):
+                    pass
+                vlm.ask(torch.zeros(3, 8, 8, dtype=torch.uint8), "?", plan=plan, max_new_tokens=1)
         except Exception as error:  # the table names a method that fails, and does not fall with it
             tried.append((place, entry, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"))
         else:
@@ -59,6 +64,13 @@ def usable(entries: Sequence[Entry], vlm: VLM, world: Processes | None = None) -
         else:
             found.setdefault(entry.plan, entry)
     return list(found.values()), left_out
+
+
+def plan_of(path: Path) -> str:
+    """The plan whose answers are in a file."""
+    with path.open(encoding="utf-8") as file:
+        plan: str = json.loads(file.readline())["plan"]
+    return plan
 
 
 def accuracy(entries: Sequence[Entry], vlm: VLM, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -117,6 +129,13 @@ def joined(rows: Sequence[dict[str, Any]], timed: Sequence[dict[str, Any]]) -> l
     return [{**row, "clock": clock.get(row["plan"]) or clock.get(row["plan"].replace(KEEP, ""), {})} for row in rows]
 
 
+def with_times(result: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+    """A result with the times that there are in `folder`."""
+    logs = [read(path) for path in files(folder)]
+    clock = {**logs[0][0], "processes": len(logs)} if logs else {}
+    return {**result, "rows": joined(result["rows"], [row for _, found in logs for row in found]), "clock": clock}
+
+
 def run(
     entries: Sequence[Entry],
     vlm: VLM,
@@ -138,17 +157,14 @@ def run(
         seeds: of matched random selections.
     """
     world = Processes.current()
-    chosen, left_out = usable(entries, vlm, world)
+    chosen, left_out = usable(entries, vlm, world, folder and folder / "answers")
     ends = [at for at in range(1, len(chosen)) if chosen[at].budget != chosen[at - 1].budget] if write else []
     options = {"limit": limit, "batch_size": batch_size, "kinds": kinds, "seeds": range(seeds), "trial": False}
     result: dict[str, Any] = {}
     for end in [*ends, len(chosen)]:
         rows, facts = accuracy(chosen[:end], vlm, out=folder and folder / "answers", **options)
-        logs = [read(path) for path in files(folder)]
-        clock = {**logs[0][0], "processes": len(logs)} if logs else {}
-        timed = [row for _, found in logs for row in found]
-        result = {"benchmark": "evidence", "rows": joined(rows, timed), "left_out": left_out, "clock": clock, **facts}
-        result["seeds"] = seeds
+        facts |= {"benchmark": "evidence", "left_out": left_out, "seeds": seeds}
+        result = with_times({**facts, "rows": rows}, folder)
         if write and world.rank == 0:
             write(result)
     return result
@@ -208,7 +224,23 @@ def command(
     """What `mmefficient bench evidence` does: measure, and let the first process write and print the tables."""
     from mmefficient.cli import quiet
 
+    def write(result: dict[str, Any]) -> None:
+        (out / "evidence.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (out / "evidence.md").write_text(f"# Evidence\n\n{tables(result)}\n", encoding="utf-8")
+        try:
+            figure(result).savefig(out / "evidence.png", dpi=130)
+        except ImportError:
+            print("no PNG: matplotlib is missing; pip install 'mmefficient[eval]' brings it.", file=sys.stderr)
+
     quiet()
+    if part == "table":
+        made = out / "evidence.json"
+        if not made.exists():
+            raise InputError(f"{made} does not exist; make it with --part accuracy.")
+        write(with_times(json.loads(made.read_text(encoding="utf-8")), out))
+        return
+    if part not in ("both", "accuracy", "clock"):
+        raise InputError(f"--part {part} is none of both, accuracy, clock and table.")
     world = Processes.current()
     place = world.device or device
     if dtype == "auto":
@@ -221,14 +253,6 @@ def command(
         return [entry for entry in found if not methods or any(f"{name}(" in entry.plan for name in methods)]
 
     wanted = chosen(entries(len(vlm.model.get_decoder().layers), budgets or BUDGETS))
-
-    def write(result: dict[str, Any]) -> None:
-        (out / "evidence.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        (out / "evidence.md").write_text(f"# Evidence\n\n{tables(result)}\n", encoding="utf-8")
-        try:
-            figure(result).savefig(out / "evidence.png", dpi=130)
-        except ImportError:
-            print("no PNG: matplotlib is missing; pip install 'mmefficient[eval]' brings it.", file=sys.stderr)
 
     if part != "accuracy" and clock != "none":
         first_tokens(

@@ -95,6 +95,7 @@ def measure(
     """
     inputs = {batch: prompt(target.model, target.processor, batch) for batch in batches}
     layers = len(target.model.get_decoder().layers)
+    prefill: dict[tuple[str, int], float] = {}
     for plan, text in pairs:
         for batch in batches:
             if log.holds(plan, batch):
@@ -102,11 +103,13 @@ def measure(
             for each in [engine] if engine.name == ATTACHED.name else [engine, ATTACHED]:
                 try:
                     row = _time(Plan(text), target, inputs[batch], repeats, each, layers)
+                    if (each.name, batch) not in prefill:
+                        prefill[each.name, batch] = _prefill(target, inputs[batch], repeats, each)
                 except ModelError:  # the engine cannot run it
                     continue
                 except MMEfficientError:  # no profile for random weights, or not on this family
                     break
-                log.add({"plan": plan, "timed": text, "batch": batch, **row})
+                log.add({"plan": plan, "timed": text, "batch": batch, "none_prefill": prefill[each.name, batch], **row})
                 break
 
 
@@ -122,11 +125,6 @@ def _time(
             took = wall_ms(partial(runner.generate, inputs, 1), device)
             if index >= 0:
                 found.append(took)
-    prefill = []
-    for _ in range(repeats):
-        with StageTimer(model) as timer:
-            none.generate(inputs, 1)
-        prefill.append(timer.stages_ms["prefill"])
     with plan.apply(model, **engine.apply) as run:
         model.generate(**inputs, do_sample=False, max_new_tokens=1)
     report = run.report()
@@ -137,10 +135,19 @@ def _time(
         "adaptive": any(getattr(stage, "adaptive", False) for stage in stages),
         "first": spread(ms[own]),
         "none": spread(ms[none]),
-        "none_prefill": statistics.median(prefill),
         "flops": [report.prefill_flops, report.prefill_flops_without_plan],
         "left": sum(row[-1] for row in kept) / total,
     }
+
+
+def _prefill(target: Target, inputs: Mapping[str, torch.Tensor], repeats: int, engine: Engine) -> float:
+    """Median of the stage without a plan."""
+    found = []
+    for _ in range(repeats):
+        with StageTimer(target.model) as timer:
+            Runner(target.model, engine, Plan()).generate(inputs, 1)
+        found.append(timer.stages_ms["prefill"])
+    return statistics.median(found)
 
 
 def entries_of(rows: Sequence[Row], budgets: Mapping[str, float | None]) -> Iterator[tuple[str, int, dict[str, Any]]]:

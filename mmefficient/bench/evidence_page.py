@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,12 @@ def tables(result: Mapping[str, Any]) -> str:
     captions = list(rows[0].get("captions", ()))
     titles += [f"{name} %" for name in captions]
     titles += [f"{title}, batch {batch}" for batch in batches for title in ("first token ms", "realised ratio")]
-    titles += ["ms/question, embedded model"]
+    alone = result["settings"]["processes"] == 1  # several share a GPU, and wait for each other
+    titles += ["ms/question, embedded model"] * alone
     parts = [_intro(result)]
     for site in dict.fromkeys(row["site"] for row in rows if row["site"] != "none"):
         chosen = [rows[0], *sorted((row for row in rows if row["site"] == site), key=_order)]
-        lines = [_line(row, kinds, captions, batches) for row in chosen]
+        lines = [_line(row, kinds, captions, batches, alone) for row in chosen]
         parts += [f"## {site[0].upper()}{site[1:]}", markdown(titles, lines)]
     if result["left_out"]:
         listed = "\n".join(f"- `{plan}`: {why}" for plan, why in result["left_out"].items())
@@ -60,7 +62,9 @@ def _order(row: Mapping[str, Any]) -> tuple[float, float]:
     return -(row["keep"] or 0), -row["kinds"][MEAN]["value"]
 
 
-def _line(row: Mapping[str, Any], kinds: Sequence[str], captions: Sequence[str], batches: Sequence[str]) -> list[str]:
+def _line(
+    row: Mapping[str, Any], kinds: Sequence[str], captions: Sequence[str], batches: Sequence[str], alone: bool
+) -> list[str]:
     against = row["against_random"].get(MEAN)
     mark = "" if against is None else _points(against)
     if against is not None and against["verdict"] != "better":
@@ -75,7 +79,7 @@ def _line(row: Mapping[str, Any], kinds: Sequence[str], captions: Sequence[str],
         clock = row["clock"].get(batch)
         mark = " e" if clock and clock["engine"] == "eager" else ""
         line += [cell(clock and clock["first"]["median"]) + mark, cell(clock and clock["realised_ratio"], 2)]
-    return [*line, cell(sum(row["ms_per_question"].get(stage, 0) for stage in ("vision", "prefill")), 2)]
+    return line + [cell(sum(row["ms_per_question"].get(stage, 0) for stage in ("vision", "prefill")), 2)] * alone
 
 
 def _points(entry: Mapping[str, float]) -> str:
@@ -86,8 +90,19 @@ def _range(entry: Mapping[str, float]) -> str:
     return f"{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}".replace("-", "−")
 
 
+def series(plan: str) -> str:
+    """What plans that differ in their budget alone have in common: names, layers, positions and what is recycled."""
+    found = []
+    for method in plan.split("+"):
+        name, _, fields = method.partition("(")
+        shown = [each for each in ("layer", "recycle", "positions") if (name, each) != ("exit", "layer")]
+        told = re.findall(rf"\b(?:{'|'.join(shown)})=[^,)]+", fields)
+        found.append(f"{name}({','.join(told)})" if told else name)
+    return "+".join(found)
+
+
 def figure(result: Mapping[str, Any]) -> Figure:
-    """Mean accuracy against time to first token (the largest batch), and against tokens; one line per method.
+    """Mean accuracy against time to first token (the largest batch), and against tokens; one line per `series`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -103,32 +118,41 @@ def figure(result: Mapping[str, Any]) -> Figure:
         panels[name] = lambda row: row["clock"].get(batches[-1], {}).get("first", {}).get("median")
     drawn = Figure(figsize=(6.2 * len(panels), 6.4), layout="constrained")
     axes = drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    lines: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
+    lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows[1:]:
-        lines.setdefault((row["plan"].partition("(")[0], "positions=keep" in row["plan"]), []).append(row)
-    names = list(dict.fromkeys(name for name, _ in lines))
+        lines.setdefault(series(row["plan"]), []).append(row)
+    names = list(dict.fromkeys(label.partition("(")[0] for label in lines))
     colours = {name: colormaps["tab20"](index % 20) for index, name in enumerate(names)}
-    for axis, (label, cost) in zip(axes, panels.items(), strict=True):
-        for (name, keep), chosen in lines.items():
+    for axis, (title, cost) in zip(axes, panels.items(), strict=True):
+        for label, chosen in lines.items():
+            name = label.partition("(")[0]
             points = sorted((cost(row), 100 * row["kinds"][MEAN]["value"]) for row in chosen if cost(row) is not None)
             if not points:
                 continue
             blind = name in ("random", "grid", "pool", "downsample")
             look: dict[str, Any] = {
                 "color": "black" if name == "random" else colours[name],
-                "ls": ":" if keep else "-",
+                "ls": ":" if "positions=keep" in label else "-",
                 "ms": 4,
             }
             look |= {"marker": "s" if blind else "o", "lw": 2.2 if name == "random" else 1.1}
-            axis.plot(*zip(*points, strict=True), label=f"{name}, positions=keep" if keep else name, **look)
+            axis.plot(*zip(*points, strict=True), label=label, **look)
         axis.axhline(100 * rows[0]["kinds"][MEAN]["value"], color="#888888", lw=0.8, ls="--")
-        axis.set_xlabel(label)
+        axis.set_xlabel(title)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_xscale("log")
+    ticks = [5, 10, 20, 30, 50, 70, 100]
+    axes[0].set_xticks(ticks, [str(tick) for tick in ticks])
+    axes[0].minorticks_off()
     axes[0].set_ylabel("mean accuracy over kinds (%)")
     handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
     drawn.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=3 * len(panels), frameon=False, fontsize=7
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=2 + 2 * len(panels),
+        frameon=False,
+        fontsize=7,
     )
     return drawn

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import mmefficient as mm
-from mmefficient.bench.evidence import accuracy, first_tokens, joined, run, usable
+from mmefficient.bench.evidence import accuracy, first_tokens, joined, run, usable, with_times
 from mmefficient.bench.evidence_clock import ClockLog
 from mmefficient.bench.evidence_page import NOT_BETTER, figure, tables
 from mmefficient.bench.evidence_plans import Entry, entries
@@ -38,6 +38,7 @@ def result(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     parts: list[int] = []
     found = run(CHOSEN, vlm, limit=24, batch_size=12, folder=folder, write=lambda part: parts.append(len(part["rows"])))
     assert parts == [5, 6]  # no plan and a budget's plans, then those that have none
+    assert with_times(found, folder) == found
     return found
 
 

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+import mmefficient as mm
 from mmefficient.graph import release
 from mmefficient.plan import Plan
 from tests import tiny
+from tests.tiny_checkpoint import processor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -41,6 +44,21 @@ def test_recorded_ids_are_those_of_eager(family: str, plan: str, caplog: pytest.
     assert held["name"] == "graph"
     assert held["recordings"] >= (4 if family == "qwen2_5_vl" else 6), caplog.text
     release(model)
+
+
+@pytest.mark.parametrize("plan", ["none", "fastv(layer=1,keep=0.3)", "fastervlm(keep=0.4)"])
+def test_chats_that_keep_their_pictures_answer_the_same(plan: str) -> None:
+    """Recordings read what was copied back from the host, and no longer what the encoder left on the device."""
+    vlm = mm.VLM(tiny.build("llava_next").cuda(), processor("llava_next"), plan)
+    pictures = [Image.linear_gradient("L").resize((40, 24)), Image.radial_gradient("L").resize((20, 50))]
+    fresh, kept = (vlm.chat(pictures, retain=retain, max_new_tokens=4) for retain in (None, "cpu"))
+    for question in ("what is in the picture?", "how many dogs?", "a cat?", "a dog?") * 2:
+        want, found = fresh.ask(question), kept.ask(question)
+        assert found.text == want.text
+        assert found.report.rows == want.report.rows
+        assert torch.equal(found.report.kept(0, 3), want.report.kept(0, 3))
+    assert found.report.stages_ms["vision"] == 0
+    release(vlm.model)
 
 
 def test_buffers_grow_under_recordings() -> None:
