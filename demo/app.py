@@ -22,6 +22,7 @@ from mmefficient.vlm import VLM
 SAMPLES = ("existence-random", "count", "position", "reading", "caption")
 WAITING = 64  # questions in the queue before more are refused
 CACHE = 3600  # seconds an uploaded file is kept
+SESSIONS = 64  # visitors whose last question is kept for drawing: at most 6 MB each; the others ask again
 
 
 @dataclasses.dataclass
@@ -102,6 +103,7 @@ def serve(
         footer_links=["api"],
         run_history=False,
         max_file_size=MAX_BYTES,
+        state_session_capacity=SESSIONS,
         show_error=True,
         prevent_thread_lock=True,
         ssr_mode=False,

@@ -47,13 +47,15 @@ def ask_tab(service: Service, samples: list[list[str]]) -> Inputs:
     shown = gr.State(None, time_to_live=3600)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            picture = picture_input(label="Picture", height=336, alt_text="the picture to ask about")
+            picture = picture_input(label="Picture", height=240, alt_text="the picture to ask about")
             question = gr.Textbox(label="Question", lines=2, placeholder="Is there a dog in the image?")
             model = gr.Dropdown(names, value=first, label="Model", interactive=True, visible=len(names) > 1)
             left = gr.Dropdown(presets, value="none", label="Left plan", allow_custom_value=True)
             right = gr.Dropdown(presets, value=_favourite(presets), label="Right plan", allow_custom_value=True)
             button = gr.Button("Ask", variant="primary", elem_id="ask")
-            gr.Examples(samples, [picture, question], label="Sample pictures")
+            sample = gr.Dataset(
+                components=[picture], samples=[[path] for path, _ in samples], type="index", label="Sample pictures"
+            )
         with gr.Column(scale=2, min_width=300):
             with gr.Row():
                 sides = []
@@ -83,7 +85,7 @@ def ask_tab(service: Service, samples: list[list[str]]) -> Inputs:
             for texts[side] in service.stream(model, picture, question, plan):
                 yield *texts, "", "", None
         yield *texts, "measuring …", "measuring …", None
-        one, other = service.measure(model, picture, question, [left, right])
+        one, other = service.measure(model, picture, question, [left, right], warm=True)
         longest = max(one.total_ms, other.total_ms)
         assert picture is not None
         attention = service.attention(model, picture, question)
@@ -110,6 +112,9 @@ def ask_tab(service: Service, samples: list[list[str]]) -> Inputs:
         words += "" if gone is None else f" The picture leaves at layer {gone}."
         return kept_at(shown.picture, report, layer), words
 
+    def pick(index: int) -> list[str]:
+        return samples[index]
+
     @spoken
     def adjust(model: str) -> tuple[Any, Any, Any]:
         plans = service.presets(model)
@@ -124,5 +129,6 @@ def ask_tab(service: Service, samples: list[list[str]]) -> Inputs:
         [button.click, question.submit], ask, [model, picture, question, left, right], outputs, api_name="ask", **told
     )
     asked.then(kept, *drawing, api_visibility="private")
+    sample.click(pick, sample, [picture, question], api_visibility="private")
     model.change(adjust, model, [left, right, layer], api_visibility="private")
     return Inputs(model, picture, question, right)

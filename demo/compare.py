@@ -8,12 +8,12 @@ import gradio as gr
 from PIL import Image
 
 from mmefficient.demo.ask import Inputs
-from mmefficient.demo.service import Service
+from mmefficient.demo.service import Service, served
 from mmefficient.demo.speak import spoken
 from mmefficient.demo.views import accuracies, comparison, head_maps, scatter
 from mmefficient.evaluation import run_eval
 
-MAX_QUESTIONS = 110
+MIN_QUESTIONS, MAX_QUESTIONS = 22, 220
 PLAIN, TRACKED = gr.Progress(), gr.Progress(track_tqdm=True)  # Gradio finds them as defaults
 
 
@@ -72,7 +72,7 @@ def evaluate_tab(service: Service, inputs: Inputs) -> None:
     """Build the tab inside the current `gr.Blocks`."""
     gr.Markdown("A plan against no plan on the first questions of every kind of the embedded test split.")
     plan = gr.Textbox(label="Plan to evaluate", value="fastv(layer=2,keep=0.25)")
-    count = gr.Slider(11, MAX_QUESTIONS, 22, step=11, label="Questions")
+    count = gr.Slider(MIN_QUESTIONS, MAX_QUESTIONS, 44, step=22, label="Questions")
     button = gr.Button("Evaluate", variant="primary", elem_id="evaluate")
     table = gr.Markdown(elem_id="evaluation")
 
@@ -81,7 +81,7 @@ def evaluate_tab(service: Service, inputs: Inputs) -> None:
         """Accuracy per kind of question with 95 % intervals, without the plan and with it."""
         yield "Evaluating …"
         limit = max(1, min(int(count), MAX_QUESTIONS))
-        report = run_eval("scenes", [plan], service.model(model), limit=limit, baselines=False, progress=True)
+        report = run_eval("scenes", [served(plan)], service.model(model), limit=limit, baselines=False, progress=True)
         yield accuracies(report)
 
     button.click(

@@ -30,8 +30,9 @@ def plan_tab(service: Service, inputs: Inputs, folder: Path) -> None:
             plan = gr.Textbox(label="Plan", value="none", elem_id="plan")
             verdict = gr.Markdown("This is the empty plan.", elem_id="verdict")
             use = gr.Button("Use as the right plan")
-            python = gr.Code(label="Python", language="python", interactive=False, wrap_lines=True)
-            line = gr.Code(label="Command line", language="shell", interactive=False, wrap_lines=True)
+            shown: dict[str, Any] = {"interactive": False, "wrap_lines": True}
+            python = gr.Code(label="Python", language="python", lines=4, max_lines=8, **shown)
+            line = gr.Code(label="Command line", language="shell", lines=2, max_lines=4, **shown)
             saved = gr.DownloadButton("Save the policy file")
             loaded = gr.File(label="Load a policy file", file_types=[".json"], type="filepath", height=120)
 

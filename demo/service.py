@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from mmefficient.bench.timers import STAGES
 from mmefficient.errors import InputError, MMEfficientError, PlanError
 from mmefficient.executor import Executor
 from mmefficient.flops import kv_bytes
+from mmefficient.matchers import EMBEDDINGS
 from mmefficient.methods import method, methods
 from mmefficient.models import adapter_for
 from mmefficient.plan import Plan
@@ -26,6 +28,7 @@ from mmefficient.watch import attention_received
 
 REPEATS = 3  # timed runs behind every median
 MAX_QUESTION = 2000  # characters
+OWN = frozenset({"auto", "none", EMBEDDINGS})  # texts in a method's fields that lead to nothing outside the package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Service:
 
     def __init__(self, models: Mapping[str, VLM]) -> None:
         self.models = dict(models)
+        self._presets: dict[str, list[str]] = {}
 
     def model(self, name: str) -> VLM:
         """Raises InputError for a name that was not given at start."""
@@ -71,20 +75,23 @@ class Service:
 
     def presets(self, name: str) -> list[str]:
         """No plan, then every method the model can carry with its defaults; a layer it asks for is half the depth."""
-        found = ["none"]
-        for kind in methods():
-            required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
-            if set(required) <= {"layer"}:
-                plan = str(Plan([kind(**dict.fromkeys(required, self.layers(name) // 2))]))
-                if explain(plan, self.model(name).model) is None:
+        if name not in self._presets:
+            model, found = self.model(name).model, ["none"]
+            for kind in methods():
+                fields = {f.name: f.default for f in dataclasses.fields(kind)}
+                required = [field for field, default in fields.items() if default is dataclasses.MISSING]
+                given: dict[str, Any] = dict.fromkeys(required, self.layers(name) // 2)
+                given |= {"matcher": EMBEDDINGS} if "matcher" in fields else {}  # the default is a model of its own
+                if set(required) <= {"layer"} and explain(plan := str(Plan([kind(**given)])), model) is None:
                     found.append(plan)
-        return found
+            self._presets[name] = found
+        return self._presets[name]
 
     def stream(self, name: str, picture: Image.Image | None, question: str, plan: str) -> Iterator[str]:
         """The answer so far, growing."""
         picture, question = check_input(picture, question)
         text = ""
-        for piece in self.model(name).stream(picture, question, plan=plan):
+        for piece in self.model(name).stream(picture, question, plan=served(plan)):
             text += piece
             yield text.strip()
 
@@ -98,19 +105,30 @@ class Service:
         return measure_heads(self.model(name), [(picture, question)])
 
     def measure(
-        self, name: str, picture: Image.Image | None, question: str, plans: Sequence[str], repeats: int = REPEATS
+        self,
+        name: str,
+        picture: Image.Image | None,
+        question: str,
+        plans: Sequence[str],
+        repeats: int = REPEATS,
+        warm: bool = False,
     ) -> list[Measured]:
-        """Answer under every plan: one warm-up each, then `repeats` rounds in which the plans take turns."""
+        """Answer under every plan, in `repeats` rounds in which the plans take turns.
+
+        Args:
+            warm: whether each has just been asked this; if not, it is, once, before the rounds.
+        """
         picture, question = check_input(picture, question)
-        vlm = self.model(name)
-        runs = [[vlm.ask(picture, question, plan=plan) for plan in plans] for _ in range(repeats + 1)]
+        vlm, parsed = self.model(name), [served(plan) for plan in plans]
+        rounds = repeats if warm else repeats + 1
+        runs = [[vlm.ask(picture, question, plan=plan) for plan in parsed] for _ in range(rounds)][-repeats:]
         found = []
-        for index, plan in enumerate(plans):
-            answers = [answers[index] for answers in runs[1:]]
+        for index, plan in enumerate(parsed):
+            answers = [answers[index] for answers in runs]
             stages = {stage: statistics.median(a.report.stages_ms[stage] for a in answers) for stage in STAGES}
             report = answers[-1].report
             found.append(
-                Measured(str(Plan(plan)), answers[-1].text, report, stages, repeats, stored_bytes(vlm.model, report))
+                Measured(str(plan), answers[-1].text, report, stages, repeats, stored_bytes(vlm.model, report))
             )
         return [dataclasses.replace(one, realised=_realised(found[0], one)) for one in found]
 
@@ -138,10 +156,28 @@ def _realised(base: Measured, other: Measured) -> float | None:
     return (1 - other.stages_ms["prefill"] / base.stages_ms["prefill"]) / saved
 
 
+def served(text: str) -> Plan:
+    """The plan in `text`.
+
+    Raises:
+        PlanError: it cannot be read; or it names a file or a model, which only whoever starts the demo may choose.
+    """
+    plan = Plan(text)
+    for each in plan.methods:
+        for field, hint in typing.get_type_hints(type(each)).items():
+            value = getattr(each, field)
+            if hint is str and value not in OWN:
+                raise PlanError(
+                    f"{each.name}: {field}={value!r} is a file or a model that this demo does not serve; "
+                    f"choose from: {', '.join(sorted(OWN))}."
+                )
+    return plan
+
+
 def explain(text: str, model: Any) -> str | None:
     """Why the plan in `text` cannot be used on `model`, as a sentence; None = it can."""
     try:
-        plan = Plan(text)
+        plan = served(text)
         adapter = adapter_for(model)
         Executor(model, adapter, plan.methods, Run(str(plan), "apply", adapter))  # checks, and attaches nothing
     except MMEfficientError as error:

@@ -25,12 +25,16 @@ CSS = """
 .mm-layers span { flex: 1; background: #0072b2; min-height: 2px; }
 .mm-facts { display: grid; grid-template-columns: max-content 1fr; gap: 0.1rem 0.8rem; margin: 0.4rem 0; }
 .mm-facts dt { font-weight: 600; } .mm-facts dd { margin: 0; }
-.mm-wide { overflow-x: auto; } .mm-wide table { border-collapse: collapse; }
-.mm-wide td, .mm-wide th { padding: 0.25rem 0.6rem; border-bottom: 1px solid #8884; text-align: left; }
+.mm-wide { overflow-x: auto; } .mm-wide table { border: 0 !important; border-collapse: collapse; }
+.mm-wide code { overflow-wrap: anywhere; white-space: normal; } .mm-wide td:first-child { min-width: 10rem; }
+.mm-wide td, .mm-wide th { padding: 0.25rem 0.6rem; border: 0 !important; text-align: left; }
+.mm-wide tr { border: 0 !important; box-shadow: 0 1px #8884; }
 .mm-wide td.n, .mm-wide th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .mm-heads { display: inline-block; margin: 0 1.5rem 1rem 0; vertical-align: top; }
 .mm-heads div { display: flex; } .mm-heads span { width: 1.1rem; height: 1.1rem; margin: 1px; border-radius: 2px; }
+#kept img { width: 100%; object-fit: contain; }
 .mm-plot { width: 100%; max-width: 44rem; height: auto; }
+@media (max-width: 640px) { .mm-plot text { font-size: 24px; } }
 """
 
 
@@ -145,7 +149,8 @@ def accuracies(report: Mapping[str, Any]) -> str:
             cells = [estimate(value, None), estimate(plan["metrics"][name], None)]
             paired = difference(plan["paired"][name], None) if plan is not none else ""
             lines.append(f"| {name.removesuffix('/accuracy')} | {value['n']} | {' | '.join(cells)} | {paired} |")
-    note = f"In percent, with 95 % bootstrap intervals; {NOISE} marks a difference whose interval includes zero."
+    note = f"In percent, with 95 % bootstrap intervals; {NOISE} marks a difference whose interval includes zero. "
+    note += "A handful of questions per kind says little: look at the mean, and ask more."
     return "\n".join(lines) + f"\n\n{note}"
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,13 @@ _PACKAGES = (
     "pillow",
     "numpy",
 )
+
+
+def command() -> str:
+    """The command that runs, as it would be typed again."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    start = [Path(sys.argv[0]).name] if spec is None else ["python", "-m", spec.name.removesuffix(".__main__")]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def collect() -> dict[str, Any]:

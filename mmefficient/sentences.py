@@ -7,8 +7,7 @@ they are the phrases of a list.
 
 The greedy unit is proposed first. When its objects pass it stays, so where everything passes the answer is that of
 greedy decoding. When one fails, the `width` likeliest units are found by beam search on a fork of the same keys and
-values, and the first one whose objects pass is read in its place; one that only names again what was
-named comes last.
+values, and the first one whose objects pass is read in its place; one that only names again what was named comes last.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from torch import Tensor
 from mmefficient.errors import InputError, ModelError
 from mmefficient.forks import Stored, padded
 from mmefficient.models import adapter_for
+from mmefficient.plan import ATTACHED
 from mmefficient.verifiers import Prompts, Verifier
 
 PHRASES = (",", "and", ".")
@@ -89,7 +89,7 @@ def verify_sentences(
     adapter = adapter_for(model)
     if adapter.mrope:
         raise ModelError("units are forked by plain position ids; this family's are (time, height, width) triplets.")
-    if "_mmefficient_executor" in vars(adapter.base):
+    if ATTACHED in vars(adapter.base):
         raise ModelError("verify_sentences forks a stock cache; leave the plan first.")
     return Decoding(model, processor, inputs, objects, verify, Units(processor.tokenizer, marks), width).run(
         max_new_tokens
@@ -122,10 +122,10 @@ class Decoding:
         self.rows = [Verified() for _ in inputs["input_ids"]]
 
     def run(self, most: int) -> list[Verified]:
-        while live := [row for row, each in enumerate(self.rows) if not self.over(row) and len(each.ids) < most]:
+        while live := [row for row, over in enumerate(self.over()) if not over and len(self.rows[row].ids) < most]:
             self.advance(live)
-        for row, each in enumerate(self.rows):
-            each.finished = len(each.ids) < most and self.over(row)
+        for each, over in zip(self.rows, self.over(), strict=True):
+            each.finished = len(each.ids) < most and over
             del each.ids[most:]
         return self.rows
 
@@ -142,9 +142,10 @@ class Decoding:
         if again:
             self.replace(again)
 
-    def over(self, row: int) -> bool:
-        """Whether the answer of this row ends where it is."""
-        return self.rows[row].cut or int(self.next[row].argmax()) in self.stop
+    def over(self) -> list[bool]:
+        """Of every row whether its answer ends where it is."""
+        following = self.next.argmax(1).tolist()
+        return [each.cut or token in self.stop for each, token in zip(self.rows, following, strict=True)]
 
     def propose(self, live: Sequence[int]) -> dict[int, list[int]]:
         """The greedy unit of every live row, read into the cache; `self.before` keeps what was known before."""

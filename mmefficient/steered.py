@@ -115,7 +115,8 @@ def run_with(run: Callable[..., Any], owner: Part | None, biases: Sequence[torch
 
 def as_rows(x: torch.Tensor, heads: int) -> torch.Tensor:
     """Heads as rows of a batch: [B, H, ...] becomes [B * heads, 1, ...], key heads once for each of their queries."""
-    return x.repeat_interleave(heads // x.shape[1], 1).flatten(0, 1)[:, None]
+    x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)  # which copies, even once
+    return x.flatten(0, 1)[:, None]
 
 
 def _apart(run: Callable[..., Any], bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -178,7 +178,7 @@ class Reading:
         if rows == "all":
             return Places(slots)
         if rows == "answer":
-            width = min(slots, prefill.facts.answers)
+            width = max(1, min(slots, prefill.facts.answers))
             acts = prefill.recall("answering", lambda: answering(held(prefill)))
             return Places(width, acts[:, slots - width :])
         last, count = prefill.last, 1 + prefill.facts.drafts

@@ -68,8 +68,19 @@ def test_mixed_batches_keep_their_order() -> None:
     one, two = vlm.encode(WIDE), vlm.encode(TALL)
     rows: list[Any] = [(one, "a cat?"), (TALL, "a dog?"), (two, "a cat?"), (one, "a bus?")]
     answers = vlm.ask_batch(rows, max_new_tokens=4)
+    assert not one.alone
     pictures = [WIDE, TALL, TALL, WIDE]
     alone = [vlm.ask(picture, row[1], max_new_tokens=4) for picture, row in zip(pictures, rows, strict=True)]
+    assert [each.text for each in answers] == [each.text for each in alone]
+
+
+@pytest.mark.parametrize("family", FAMILIES[:2])
+def test_keys_that_count_by_size_serve_one_question_at_a_time(family: str) -> None:
+    vlm, plan = mm.VLM(build(family), processor(family)), "pact(layer=1,keep=0.8,cutoff=0.4,reach=1.5)"
+    kept = vlm.encode(WIDE, plan=plan)
+    assert kept.alone
+    answers = vlm.ask_batch([(kept, each) for each in QUESTIONS], max_new_tokens=5)
+    alone = [vlm.ask(WIDE, each, plan=plan, max_new_tokens=5) for each in QUESTIONS]
     assert [each.text for each in answers] == [each.text for each in alone]
 
 

@@ -221,6 +221,7 @@ def sentences(
     out: Annotated[Path, typer.Option(help="Folder for sentences.json and sentences.md.")],
     model: Annotated[str, typer.Option(help="reference, reference-biased, a folder or a hub id.")] = "reference-biased",
     tuned: Annotated[str | None, typer.Option(help="The same model after preference tuning.")] = None,
+    margin: Annotated[float | None, typer.Option(help="Of the probe; by default the best on validation.")] = None,
     trial: Annotated[int, typer.Option(min=1, help="Validation questions per kind to choose the margin on.")] = 200,
     limit: Annotated[int, typer.Option(min=1, help="Test questions per kind.")] = 1000,
     width: Annotated[int, typer.Option(min=1, help="Units searched for where the greedy one fails.")] = 4,
@@ -231,7 +232,8 @@ def sentences(
     """What checking sentences does to hallucination, in training and while decoding."""
     from mmefficient.bench.sentences import page, run, write
 
-    result = run(model, tuned, trial=trial, limit=limit, width=width, batch_size=batch_size, device=device, dtype=dtype)
+    result = run(model, tuned, margin=margin, trial=trial, limit=limit, width=width, batch_size=batch_size,
+                 device=device, dtype=dtype)  # fmt: skip
     write(result, out)
     print(page(result))
 

@@ -121,7 +121,7 @@ def run(
     plans = [chosen[best], *combined, *others]  # what matters most first, should time run out
     test = run_eval(task("test"), plans, vlm, limit=limit, out=out / "test", **options)
     return {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["mmefficient", *sys.argv[1:]]),
         "chosen": chosen,
         "feasible": feasible,
         "broken": [plan for plan, metrics in entries.items() if broken(entries["none"], metrics)],

@@ -10,9 +10,7 @@ pinned to FlashAttention and to cuDNN), and of questions alone, whose prompt beg
 
 from __future__ import annotations
 
-import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -24,7 +22,7 @@ from torch.nn.attention import sdpa_kernel
 from mmefficient.bench.presets import random_model
 from mmefficient.bench.timers import StageTimer
 from mmefficient.bench.visual_rows import BACKENDS, geometry, prompt
-from mmefficient.environment import collect
+from mmefficient.environment import collect, command
 from mmefficient.plan import Plan
 from mmefficient.reuse import Encoded, encode
 
@@ -109,7 +107,7 @@ def run(
                     "gap": gaps[plan] if way == "reused" else None,
                 }
             )
-    return {"benchmark": "reuse", "command": shlex.join(sys.argv), "rows": rows, "environment": collect()}
+    return {"benchmark": "reuse", "command": command(), "rows": rows, "environment": collect()}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -74,21 +74,20 @@ class Kept:
 
     def __init__(self, plan: str, steered: Steered, room: Sequence[int]) -> None:
         self.plan = plan
-        known: dict[Any, Place] = {}  # layers share facts
-        bytes_, used, end = list[torch.Tensor](), list[Place](), 0
-        alive = list[torch.Tensor]()  # while they are, no other has their id
+        known: dict[tuple[int, int], Place] = {}  # layers share facts
+        used, chunks = list[Place](), [torch.empty(0, dtype=torch.uint8)]
+        end = 0
 
         def place(tensor: torch.Tensor, keys: int = 0, later: float = 0.0) -> Place:
             nonlocal end
             name = (id(tensor), keys)
             if name not in known:
-                alive.append(tensor)
                 if keys:
                     tensor = F.pad(tensor, (0, keys - tensor.shape[-1]), value=later)
-                found = known[name] = Place(end, tuple(tensor.shape), tensor.dtype)
+                known[name] = Place(end, tuple(tensor.shape), tensor.dtype)
                 flat = tensor.reshape(-1).view(torch.uint8)
-                end += -(-len(flat) // ALIGNED) * ALIGNED
-                bytes_.extend((flat, flat.new_empty(end - found.end)))
+                chunks.append(F.pad(flat, (0, -len(flat) % ALIGNED)))
+                end += len(chunks[-1])
             used.append(known[name])
             return known[name]
 
@@ -99,7 +98,7 @@ class Kept:
             )
             for layer, parts in steered.items()
         }
-        self.facts = torch.cat(bytes_)
+        self.facts = torch.cat(chunks[1:] or chunks)
         counts = tuple((layer, tuple(part.rows for part in parts)) for layer, parts in steered.items())
         self.key = (counts, tuple(used))
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -58,10 +56,9 @@ class Profile:
     @classmethod
     def make(cls, kind: str, checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Profile:
         """A profile that says which command, versions and hardware made it."""
-        from mmefficient.environment import collect
+        from mmefficient.environment import collect, command
 
-        command = f"python -m mmefficient.fitting {shlex.join(sys.argv[1:])}"
-        return cls(kind, checkpoint.weights, facts, {"command": command, **collect()})
+        return cls(kind, checkpoint.weights, facts, {"command": command(), **collect()})
 
     def write(self, path: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write `path` (.json), and `tensors` beside it."""

@@ -7,8 +7,6 @@ trained under, the command that made it). Loading adds it to the weights; the mo
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmefficient.environment import command
 from mmefficient.errors import ModelError
 from mmefficient.methods.rows.saisa import PROJECTORS
 
@@ -77,7 +76,7 @@ def save(model: Any, folder: Path, scale: float = 1.0, **facts: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     small = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in found.items()}
     save_file(small, folder / WEIGHTS)
-    facts = {"base": "reference", **facts, "command": shlex.join(sys.argv)}
+    facts = {"base": "reference", **facts, "command": command()}
     (folder / "delta.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -230,10 +230,12 @@ class Objective(nn.Module):
         """The slot layout's pairs that `plan` leaves; with one question per picture a tensor, else as `self.mask`.
 
         Raises:
-            PlanError: the plan cuts the FFN of rows that attend.
+            PlanError: the plan cuts the FFN of rows that attend, or does more than leave out pairs.
         """
         if plan.work.attention != "nothing" and plan.work.ffn < 1:
             raise PlanError("an FFN that visual rows of full attention skip or narrow cannot be trained here.")
+        if not plan.recordable:
+            raise PlanError("attention that no set of pairs describes cannot be trained here.")
         pairs = plan.pairs or causal()
         if plan.work.attention != "full":
             pairs = pairs & no_visual_self_attention()

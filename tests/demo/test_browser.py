@@ -91,6 +91,12 @@ def test_ask_under_two_plans_and_move_through_the_layers(page: Any) -> None:
     page.screenshot(path=SHOTS / "ask.png", full_page=True)
 
 
+def test_a_sample_brings_its_question(page: Any) -> None:
+    page.locator("button.gallery-item").nth(1).click()
+    page.wait_for_selector("img[alt='the picture to ask about']")
+    assert page.get_by_label("Question").first.input_value().startswith("How many")
+
+
 def test_a_plan_is_built_from_fields_and_a_wrong_one_is_explained(page: Any) -> None:
     page.get_by_role("tab", name="Plan").click()
     page.get_by_label("keep").fill("0.25")
@@ -128,7 +134,7 @@ def test_presets_are_compared_and_a_plan_is_evaluated(page: Any) -> None:
     assert page.locator("#head-maps span").count() == 3 * 12 * 8
     page.screenshot(path=SHOTS / "heads.png", full_page=True)
     page.get_by_role("tab", name="Evaluate").click()
-    page.get_by_label("Questions").first.fill("11")
+    page.get_by_label("Questions").first.fill("22")
     page.click("#evaluate")
     page.wait_for_selector("#evaluation table")
     page.screenshot(path=SHOTS / "evaluate.png", full_page=True)

@@ -86,6 +86,7 @@ def test_mistakes_come_back_as_sentences(client: Any) -> None:
     assert "Give a picture" in told("reference", None, QUESTION, "none", "none")
     assert "Write a question" in told("reference", picture(), "", "none", "none")
     assert "layers 0 to 11" in told("reference", picture(), QUESTION, "none", "exit(layer=50)")
+    assert "does not serve" in told("reference", picture(), QUESTION, "none", "dyvte(gates='/etc/passwd')")
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", str(reference.path() / "config.json"), "../../../etc/passwd"])

@@ -83,6 +83,39 @@ def test_plans_are_put_together_and_explained(service: demo_service.Service) -> 
     assert "did you mean 'fastv'" in str(demo_service.explain("fastvv(layer=2)", model))
 
 
+def test_nothing_is_fetched_for_the_choice_of_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmefficient.matchers._load", lambda name: pytest.fail(f"asked for {name}"))
+    service = demo_service.Service({"reference": mm.VLM.from_pretrained("reference", device="cpu")})
+    assert any("matcher=embeddings" in plan for plan in service.presets("reference"))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    ["dyvte(gates='/etc/passwd')", "urag(head='/etc/hostname')", "trim(matcher='someone/model')", "cdpruner(keep=0.5)"],
+)
+def test_a_plan_leads_to_no_file_and_no_model(
+    service: demo_service.Service, picture: Image.Image, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmefficient.matchers._load", lambda name: pytest.fail(f"asked for {name}"))
+    with pytest.raises(PlanError, match="does not serve"):
+        service.measure("reference", picture, "What?", ["none", plan])
+    with pytest.raises(PlanError, match="does not serve"):
+        next(service.stream("reference", picture, "What?", plan))
+    assert "does not serve" in str(demo_service.explain(plan, service.model("reference").model))
+
+
+def test_a_warm_measurement_asks_no_more_than_it_reports(
+    service: demo_service.Service, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm, asked = service.model("reference"), []
+    ask = vlm.ask
+    monkeypatch.setattr(vlm, "ask", lambda *args, **options: asked.append(options["plan"]) or ask(*args, **options))
+    service.measure("reference", picture, "Is there a frog?", ["none", "exit(layer=6)"], repeats=2, warm=True)
+    assert [str(plan) for plan in asked] == 2 * ["none", "exit(layer=6)"]
+    service.measure("reference", picture, "Is there a frog?", ["none"], repeats=1)
+    assert len(asked) == 6
+
+
 def test_policy_files_come_back_as_the_plan() -> None:
     plan = "fastv(layer=2,keep=0.25)+exit(layer=8)"
     assert demo_service.read_policy(demo_service.policy(plan).encode()) == plan

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import subprocess
+import sys
 import textwrap
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -13,6 +17,7 @@ from PIL import Image
 
 from mmefficient.errors import InputError
 from mmefficient.vlm import VLM
+from tests.evaluation.test_processes import LAUNCH
 
 pytest.importorskip("lmms_eval")
 PLAN = "random(keep=0.5,seed=3)"
@@ -110,6 +115,29 @@ def test_a_local_task_runs_under_a_plan(
     assert set(lines[0]["kept_per_layer"]) == {lines[0]["visual_total"] // 2}
     assert lines[0]["stages_ms"].keys() == {"preprocess", "vision", "prefill", "decode"}
     assert lines[0]["prefill_flops"] < lines[0]["prefill_flops_without_plan"]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(ENTRY not in entry_points(group="lmms_eval.models"), reason="an older installation is in the way")
+def test_two_processes_answer_like_one(tasks: Path, checkpoint: Path, tmp_path: Path) -> None:
+    def answers(name: str, *launch: str) -> dict[int, Any]:
+        arguments = f"pretrained={checkpoint},plan='{PLAN}',dtype=float32"
+        command = [sys.executable, *launch, "-m", "lmms_eval", "--model", "mmefficient", "--model_args", arguments]
+        command += ["--tasks", "local", "--include_path", str(tasks), "--device", "cpu", "--log_samples"]
+        quiet = {
+            "HF_HOME": str(tmp_path / "hub"),
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
+        command += ["--batch_size", "1", "--output_path", str(tmp_path / name)]
+        subprocess.run(command, env=os.environ | quiet, check=True, capture_output=True, timeout=280)
+        (samples,) = (tmp_path / name).rglob("*_samples_local.jsonl")
+        lines = [json.loads(line) for line in samples.read_text().splitlines()]
+        assert sorted(line["doc_id"] for line in lines) == list(range(len(QUESTIONS)))
+        return {line["doc_id"]: line["filtered_resps"] for line in lines}
+
+    assert answers("two", *LAUNCH, "--main_process_port", str(random.randint(20000, 60000))) == answers("one")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ PLANS = [
     "fastv(layer=1,keep=0.5)+var(p=0.3,tau=1.5,first=1)+spin(keep=0.5)",
     "random(keep=0.6)+adhh(theta=0.1,heads=((1,0),(2,3)))",
     "vhr(deep=0.5)+fastv(layer=2,keep=0.5)+pai(alpha=0.4)",
+    "fastv(layer=2,keep=0.5)+act(beta=0.2,theta=0.05)+lift",
 ]
 
 

@@ -24,6 +24,7 @@ PLANS = [
     "var(p=0.3,rho=0.4,tau=1.6)",
     "var(p=0.3,rho=0.4,tau=1.0,dims=(3,7))",
     "spin(keep=0.5,factor=0.3)",
+    "act(beta=0.3,theta=0.04)",
     "adhh(theta=0.2,heads=((1,0),(1,3),(3,2)))",
     "vhr(alpha=1.7,deep=0.5)",
     "paint(alpha=0.9,beta=0.5,local=0.5,first=1)+lift(gain=1.3)",
@@ -124,6 +125,7 @@ def test_kept_facts_come_back_and_hidden_tensors_are_refused() -> None:
     assert list(again) == [1, 3]
     assert torch.equal(again[3][0].change.logit_map, scores)  # type: ignore[arg-type]
     assert torch.equal(again[1][0].change.gain(scores), gain)  # type: ignore[operator,misc]
+    assert Kept("plan", {0: (Part("all", Change()),)}, [8]).facts.numel() == 0
     assert Place(16, (2, 3), torch.float32).end == 40
     with pytest.raises(ModelError, match="make it a functools"):
         moved(Part("all", Change(gain=lambda query: gain)), lambda x: x, lambda x: x)

@@ -150,8 +150,13 @@ def tower_attention(model: PreTrainedModel, pixels: torch.Tensor) -> list[torch.
     return found
 
 
-def paint(layer: Layer, batch: dict[str, torch.Tensor], tower: list[torch.Tensor]) -> torch.Tensor:
-    """PAINT: S += 0.9 |S| on local and 0.5 |S| on summary tokens, last row, layers 1 and up."""
+def paint(
+    layer: Layer, batch: dict[str, torch.Tensor], tower: list[torch.Tensor], by_head: bool = False
+) -> torch.Tensor:
+    """PAINT: S += 0.9 |S| on local and 0.5 |S| on summary tokens, last row, layers 1 and up.
+
+    With `by_head` times the head's attention on the image in the last prompt row, over the median, at most 2.
+    """
     factor, image = torch.zeros_like(layer.image, dtype=torch.float32), 0
     for row, ids in enumerate(batch["input_ids"]):
         for columns in image_columns(ids):
@@ -165,18 +170,28 @@ def paint(layer: Layer, batch: dict[str, torch.Tensor], tower: list[torch.Tensor
             image += 1
     if layer.index < 1:
         return plain(layer)
-    raised = torch.where(layer.logits.isinf(), layer.logits, layer.logits + factor[:, None, None] * layer.logits.abs())
+    change = factor[:, None, None]
+    if by_head:
+        if layer.prefill:
+            mass = (layer.logits.softmax(-1)[:, :, -1] * layer.image[:, None]).sum(-1)
+            ordered = mass.sort(dim=1).values
+            middle = (ordered[:, 1] + ordered[:, 2]) / 2  # of four heads
+            layer.memory[layer.index] = (mass / middle[:, None]).clamp(max=2).nan_to_num(1.0)
+        change = change * layer.memory[layer.index][:, :, None, None]
+    raised = torch.where(layer.logits.isinf(), layer.logits, layer.logits + change * layer.logits.abs())
     return layer.out(torch.where(in_rows(layer, "last"), raised, layer.logits).softmax(-1))
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_paint_equals_the_published_algorithm(implementation: str) -> None:
+@pytest.mark.parametrize(("implementation", "by_head"), [("sdpa", False), ("eager", False), ("sdpa", True)])
+def test_paint_equals_the_published_algorithm(implementation: str, by_head: bool) -> None:
     batch, model = tiny.ragged_batch("llava"), tiny.build("llava", "eager")
     tower = tower_attention(model, batch["pixel_values"])
-    with edited(model, batch["input_ids"], batch["attention_mask"], partial(paint, batch=batch, tower=tower)):
+    with edited(
+        model, batch["input_ids"], batch["attention_mask"], partial(paint, batch=batch, tower=tower, by_head=by_head)
+    ):
         expected = logits(model, batch, max_new_tokens=STEPS)
     model = tiny.build("llava", implementation)
-    with Plan("paint(alpha=0.9,beta=0.5,local=0.5,first=1)").apply(model):
+    with Plan(f"paint(alpha=0.9,beta=0.5,local=0.5,first=1,by_head={by_head})").apply(model):
         found = logits(model, batch, max_new_tokens=STEPS)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -378,6 +393,18 @@ def test_refused(plan: str, says: str) -> None:
         Plan(plan).apply(tiny.build("llava")).__enter__()
     with pytest.raises(PlanError, match="no range of layers"):
         Plan("pai(first=3,last=2)")
+
+
+@pytest.mark.parametrize("plan", ["vaf(first=0,last=1)", "var(tau=1.5)", "pai(alpha=0.4)"])
+def test_a_prompt_that_ends_with_its_image(plan: str) -> None:
+    """No row is after the image; the last one is the image's own."""
+    model, (ids, pixels) = tiny.build("llava"), tiny.prompt("llava", 1, 3, 0)
+    batch = tiny.collate("llava", [(ids[: ids.index(tiny.IMAGE) + 16], pixels)])
+    with Plan(plan).apply(model):
+        found = logits(model, batch)
+    stock = logits(model, batch)
+    assert torch.allclose(found[0], stock[0], atol=1e-5) == (plan != "pai(alpha=0.4)")
+    assert (found - stock)[1:].abs().max() > 1e-4
 
 
 def test_a_modulation_that_is_never_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_training_computes_what_the_plan_computes(plan: str) -> None:
     torch.manual_seed(0)
     for parameter in (p for m in model.modules() if isinstance(m, adapt.LowRank) for p in (m.b,)):
         torch.nn.init.normal_(parameter, std=0.05)  # a delta that changes something
-    single = finetune.sees_question(parsed)
+    single = not parsed.reusable
     assert single == ("mutual" in plan)
     data = Batches(processor, 1, 5, single=single)
     objective = Objective(model, processor, data, load_atlas(), torch.float32, finetune.layer_plans(parsed, model))
@@ -116,6 +116,23 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         adapt.load(other, tmp_path)
     processor = LlavaProcessor.from_pretrained(reference.path())
     model = small_model()
-    plans = finetune.layer_plans(Plan("skip_ffn(layers=all)"), model)
-    with pytest.raises(PlanError, match="cannot be trained"):
-        Objective(model, processor, Batches(processor, 1, 0), load_atlas(), torch.float32, plans)
+    for plan in ("skip_ffn(layers=all)", "gna", "psa", "layer_drop(from_layer=2)"):
+        plans = finetune.layer_plans(Plan(plan), model)
+        with pytest.raises(PlanError, match="cannot be trained"):
+            Objective(model, processor, Batches(processor, 1, 0), load_atlas(), torch.float32, plans)
+
+
+def test_training_goes_on_from_a_delta(tmp_path: Path) -> None:
+    model = small_model()
+    adapt.attach(model, 2)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter)
+    adapt.save(model, tmp_path)
+    again = small_model()
+    adapt.attach(again, 2)
+    adapt.resume(again, tmp_path)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(again.get_parameter(name), parameter, rtol=1e-2, atol=1e-2)
+    adapt.attach(other := small_model(), 3)
+    with pytest.raises(ModelError, match="other parts"):
+        adapt.resume(other, tmp_path)

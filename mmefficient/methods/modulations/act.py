@@ -29,7 +29,6 @@ class ACT(Modulation):
     groups: ClassVar[int] = 2
     per_layer: ClassVar[bool] = True
     per_head: ClassVar[bool] = True
-    recordable: ClassVar[bool] = False
 
     beta: float = field(default=0.4, metadata=about("share of their attention that sinks keep"))
     theta: float = field(default=0.1, metadata=about("attention received, mean over the rows that see it, of a sink"))

@@ -8,9 +8,11 @@ from typing import ClassVar
 import torch
 
 from mmefficient.errors import PlanError
+from mmefficient.kernels.key_scores import key_scores
 from mmefficient.methods.modulations.pai import maps
 from mmefficient.modulation import Change, LayerPrompt, Modulation, Rows
 from mmefficient.points import TowerLayer, about
+from mmefficient.tokens import Role
 
 SHALLOW, DEEP = TowerLayer(0), TowerLayer()
 OTHER, LOCAL, SUMMARY = range(3)
@@ -37,6 +39,10 @@ class PAINT(Modulation):
         default=-1, metadata=about("last decoder layer that is changed; -1 = the model's last", quiet=True)
     )
 
+    by_head: bool = field(
+        default=False, metadata=about("ours: in proportion to the attention a head has on the image", quiet=True)
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.local <= 1:
@@ -53,7 +59,26 @@ class PAINT(Modulation):
         return group.masked_fill(~tokens.visual, OTHER)
 
     def change(self, prompt: LayerPrompt) -> Change:
-        return Change(logit_map=maps(prompt, (1.0, 0.0), (1.0, self.alpha), (1.0, self.beta)))
+        map_ = maps(prompt, (1.0, 0.0), (1.0, self.alpha), (1.0, self.beta))
+        if not self.by_head:
+            return Change(logit_map=map_)
+        share = looking(prompt)
+        factor = torch.stack([torch.ones_like(share), share, torch.ones_like(share)])[..., None]
+        return Change(logit_map=map_ * factor)
+
+
+def looking(prompt: LayerPrompt) -> torch.Tensor:
+    """Attention of the last prompt row on the image, over its median over heads, at most 2; float32 [B, Hq]."""
+    seen = prompt.tokens.role != Role.PAD
+    seen = seen if prompt.tail is None else seen & ~prompt.tail
+    last = (seen * torch.arange(1, seen.shape[1] + 1, device=seen.device)).argmax(1)
+    query = prompt.query.gather(
+        2, last[:, None, None, None].expand(-1, prompt.query.shape[1], 1, prompt.query.shape[3])
+    )
+    mass = key_scores(query, prompt.key, scale=prompt.scale, mask=seen[:, None, None])
+    mass = (mass * prompt.tokens.visual[:, None]).sum(-1)
+    share = (mass / mass.quantile(0.5, dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=2.0)
+    return torch.where(prompt.has_image[:, None], share, 1.0)
 
 
 def sets(shallow: torch.Tensor, deep: torch.Tensor, crop: torch.Tensor, share: float) -> torch.Tensor:
