@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,13 @@ CAPTIONS = ("caption/recall", "caption/chair_s", "caption/chair_i")
 
 
 def usable(
-    entries: Sequence[Entry], vlm: VLM, world: Processes | None = None, answers: Path | None = None
+    entries: Sequence[Entry], vlm: VLM, world: Processes | None = None, known: Collection[str] = ()
 ) -> tuple[list[Entry], dict[str, str]]:
     """The entries that this installation and model can run, each plan once, under its full text; why not the others.
 
-    Processes of a `world` divide the trials; plans that the folder `answers` has answers of need none.
+    Processes of a `world` divide the trials; plans in `known`, which have answers already, need none.
     """
     world = world or Processes()
-    known = set() if answers is None else {plan_of(path) for path in answers.glob("*.jsonl")}
     tried: list[tuple[int, Entry, str]] = []
     for place, entry in list(enumerate(entries))[world.rank :: world.size]:
         try:
@@ -157,8 +156,11 @@ def run(
         seeds: of matched random selections.
     """
     world = Processes.current()
-    chosen, left_out = usable(entries, vlm, world, folder and folder / "answers")
+    known = {plan_of(path) for path in (folder / "answers").glob("*.jsonl")} if folder else set()
+    chosen, left_out = usable(entries, vlm, world, known)
     ends = [at for at in range(1, len(chosen)) if chosen[at].budget != chosen[at - 1].budget] if write else []
+    # tables that an earlier run has passed are not made again
+    ends = [end for end in ends if not {entry.plan for entry in chosen[:end]} <= known]
     options = {"limit": limit, "batch_size": batch_size, "kinds": kinds, "seeds": range(seeds), "trial": False}
     result: dict[str, Any] = {}
     for end in [*ends, len(chosen)]:
