@@ -62,14 +62,13 @@ def attach(executor: Executor, engine: EngineName) -> list[Callable[[], Any]]:
 
 
 def engine_of(model: nn.Module, adapter: Adapter, recorder: Recorder | None = None) -> Engine:
-    """The model's engine, made on first use; it lives as long as the model or until `release`.
+    """The model's engine, made on first use; it lives as long as the model stays on its device, or until `release`.
 
     Args:
         recorder: for a new engine: what records its programs; None = CUDA graphs on a GPU, nothing elsewhere.
     """
-    found = _engines.get(model)
-    if found is None:
-        device = next(model.parameters()).device
+    found, device = _engines.get(model), next(model.parameters()).device
+    if found is None or found.captures.device != device:
         if recorder is None and device.type == "cuda":
             recorder = CudaGraphs(device)
         found = _engines[model] = Engine(model, adapter, recorder)

@@ -47,6 +47,7 @@ class Engine:
         self.captures = Captures(recorder, weight.device)
         shape = (len(adapter.layers), len(weight) // size, size)
         self.store = Store(*shape, weight.dtype, weight.device, self.captures.clear)
+        self._written_by = attention.k_proj
         self.modules, self.weights = modules_of(model, adapter.layers), list[int]()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -83,7 +84,8 @@ class Engine:
             torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def check(self) -> None:
-        """Forget recordings if weights have moved since."""
+        """Forget recordings if weights have moved since, and buffers if they have another precision."""
+        self.store.fit(self._written_by.weight.dtype)
         now = self.modules.addresses()
         if now != self.weights:
             self.captures.clear()

@@ -26,6 +26,12 @@ class Store:
         """Bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
+    def fit(self, dtype: torch.dtype) -> None:
+        """Hold keys and values of `dtype`; what is held in another one is lost."""
+        if self._buffers[0].dtype != dtype:
+            self.release()
+            self._buffers = [buffer.to(dtype) for buffer in self._buffers]
+
     def reserve(self, layer: int, batch: int, tokens: int) -> None:
         """Make room for `tokens` tokens of `batch` rows; what the layer held is lost if it grows."""
         held = self._buffers[layer]

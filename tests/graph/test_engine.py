@@ -222,6 +222,20 @@ def test_other_weights_are_noticed(llava: Any) -> None:
     assert torch.equal(generate(llava, batch)[0], generate(llava, batch, engine="eager")[0])
 
 
+def test_another_precision_is_noticed(llava: Any) -> None:
+    engine = recording(llava)
+    batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float32):
+        llava.to(dtype)
+        batch["pixel_values"] = batch["pixel_values"].to(dtype)
+        for _ in range(3):
+            ids, report = generate(llava, batch)
+            assert report.engine["name"] == "graph"
+        if dtype != torch.bfloat16:  # whose close calls differ
+            assert torch.equal(ids, generate(llava, batch, engine="eager")[0])
+        assert engine.store.rows(0, 1, 1)[0].dtype == dtype
+
+
 def test_foreign_layers_run_eager(llava: Any) -> None:
     llava.get_decoder().layers[0].mlp.forward = llava.get_decoder().layers[0].mlp.forward
     batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])

@@ -33,7 +33,12 @@ PLANS = [
     "vhr(alpha=1.7)+skip_ffn(layers=(0,))",
     "exit(layer=2)+vhr(alpha=1.7)+var(p=0.3,rho=0.4,tau=1.6)",
 ]
-CASES = [(family, plan) for family in tiny.FAMILIES for plan in PLANS if family != "qwen2_5_vl" or "paint" not in plan]
+HEADS = [
+    "visual_heads(mask=((1,0),(3,2)))",
+    "visual_heads(mask=((1,0),(2,1)),form=renormalised)+pai(alpha=0.4)",
+]
+CASES = [("llava", plan) for plan in HEADS]
+CASES += [(family, plan) for family in tiny.FAMILIES for plan in PLANS if family != "qwen2_5_vl" or "paint" not in plan]
 
 
 class Noting(LogitsProcessor):
