@@ -51,6 +51,7 @@ class Execution:
         self.left_out: dict[str, str] = {}
         """Baselines that this model cannot carry, and why."""
         self._stack = ExitStack()
+        self._shared: set[str] = set()
 
     def __enter__(self) -> Execution:
         return self
@@ -67,7 +68,6 @@ class Execution:
         header = {**self.identity, "plan": str(plan)}
         ids = [record.id for record in self.records]
         log = self._stack.enter_context(AnswerLog(self.folder, name, header, ids, self.world.rank))
-        log.share(self.world.gather(list(log.answers.values())))
         if trial and ids[0] not in log.answers:
             with self.asker.under(plan) as run:
                 self.asker.ask(self.records[:1], run, most=1)
@@ -92,6 +92,7 @@ class Execution:
 
         Batches are dealt out plan after plan, and processes meet at the end alone, so that none waits at every plan.
         """
+        self._share()
         whole = batches(self.records, size, self.asker.task)
         todo, dealt = {}, 0
         for name, job in self.jobs.items():
@@ -106,6 +107,14 @@ class Execution:
         with tqdm(total=done + ahead, initial=done, unit="question", smoothing=0.05, disable=hidden) as bar:
             alone = {name: self._ask(job, todo[name], checked, bar) for name, job in self.jobs.items()}
         return [self._collect(job, alone[name], checked) for name, job in self.jobs.items()]
+
+    def _share(self) -> None:
+        """Let every process know what all of them found on disk, before one of them writes more."""
+        new = {name: job for name, job in self.jobs.items() if name not in self._shared}
+        found = [(name, answer) for name, job in new.items() for answer in job.log.answers.values()]
+        for name, answer in self.world.gather(found):
+            new[name].log.share([answer])
+        self._shared |= new.keys()
 
     def _ask(
         self, job: Job, todo: Sequence[Sequence[Record]], checked: Sequence[Record], bar: tqdm[Any]
