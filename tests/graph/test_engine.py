@@ -35,6 +35,7 @@ PLANS = [
     "shortv(layers=(1,3))+skip_ffn(layers=(2,))",
     "thin_ffn(ratio=3.0)+window2d(radius=1)",
     "modality_mutual",
+    "fastv(layer=1,keep=0.5)+layer_drop(from_layer=2)",
     "block_images+no_visual_self(scope=text,layers=(2,))",
     "grid(keep=0.6)+fastv(layer=2,keep=0.5)+shortv(layers=(0,1,3))",
     "yopo(exit=3,radius=1)",
