@@ -52,7 +52,10 @@ def row_block(
     if plan.work.values:
         key, value = product(normed, (projections.k_proj, projections.v_proj))
     else:
-        (key,), (given,) = product(normed, (projections.k_proj,)), product(slots.text_rows(normed), (projections.v_proj,))
+        (key,), (given,) = (
+            product(normed, (projections.k_proj,)),
+            product(slots.text_rows(normed), (projections.v_proj,)),
+        )
         value = slots.put_text(torch.zeros_like(key), given, within=True)
     key, value = key.unflatten(-1, (-1, size)), value.unflatten(-1, (-1, size))
     (query,) = product(slots.text_rows(normed) if score is None else normed, (projections.q_proj,))
