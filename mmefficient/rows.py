@@ -58,7 +58,7 @@ class LayerPlan:
     @property
     def recordable(self) -> bool:
         """Whether the layer can be part of a recorded program."""
-        return not self.limits and self.own is None and self.work.values
+        return not self.limits and self.own is None and (self.work.values or self.work.attention != "full")
 
     @classmethod
     def of(cls, methods: Sequence[LayerMethod], layer: int, adapter: Adapter) -> LayerPlan | None:

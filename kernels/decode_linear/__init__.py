@@ -1,4 +1,4 @@
-"""Linear layers for the one row of a decoding step, with what stands before and behind them, in one launch."""
+"""Linear layers for the few rows of a decoding step, with what stands before and behind them, in one launch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mmefficient.kernels.decode_linear import reference
 __all__ = ["decode_linear"]
 
 MAX_WEIGHTS = 3
+MAX_ROWS = 16
 
 
 def decode_linear(
@@ -25,13 +26,13 @@ def decode_linear(
     residual: torch.Tensor | None = None,
     impl: Impl = "auto",
 ) -> torch.Tensor:
-    """Product of one row with one to three weights, each read once from where it lies; forward only.
+    """Product of up to 16 rows with one to three weights, each read once from where it lies; forward only.
 
     y = cat(norm(x) @ w.T + b for each weight), then silu(gate) * up if `gated`, then + residual. Everything is float32
-    in between and rounded once. For more rows the product is better left to cuBLAS: docs/kernels.md has the times.
+    in between and rounded once; with several rows, a norm takes a launch of its own, and rounds.
 
     Args:
-        x: [..., K], a single row; float16, bfloat16 or float32.
+        x: [..., K], up to 16 rows; float16, bfloat16 or float32.
         weights: one to three [N_i, K], as `torch.nn.Linear` holds them, rows contiguous; those of queries, keys and
             values need not be stacked.
         biases: one [N_i] or None for each weight; None = none.
@@ -44,7 +45,7 @@ def decode_linear(
         [..., N] in the dtype of x; N is the sum of the N_i, or N_0 if gated.
 
     Raises:
-        ValueError: shapes that do not fit each other, more than one row, too many weights.
+        ValueError: shapes that do not fit each other, too many rows or weights.
         RuntimeError: impl="triton" where it cannot run, or where an input requires a gradient.
 
     Source: RMSNorm, arXiv:1910.07467 eq. 4; SwiGLU, arXiv:2002.05202 eq. 5.
@@ -53,8 +54,8 @@ def decode_linear(
     given: list[torch.Tensor | None] = [None] * len(weights) if biases is None else list(biases)
     if not 1 <= len(weights) <= MAX_WEIGHTS or any(w.ndim != 2 or w.shape[1] != width for w in weights):
         raise ValueError(f"weights {[tuple(w.shape) for w in weights]} do not fit x {tuple(x.shape)}; one to three do.")
-    if x.numel() != width:
-        raise ValueError(f"x {tuple(x.shape)} is not one row; use torch.nn.functional.linear for more.")
+    if not width <= x.numel() <= MAX_ROWS * width:
+        raise ValueError(f"x {tuple(x.shape)} is not 1 to {MAX_ROWS} rows; use torch.nn.functional.linear for more.")
     if gated and (len(weights) != 2 or weights[0].shape != weights[1].shape):
         raise ValueError("gated takes two weights of one shape: the gate and the up projection.")
     lengths = [w.shape[0] if b is None else len(b) for w, b in zip(weights, given, strict=False)]

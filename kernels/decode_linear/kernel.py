@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 
 from mmefficient.kernels.common import ceil_div
+from mmefficient.kernels.decode_linear.rows import decode_rows
 from mmefficient.kernels.launch import begin, launch, release
+from mmefficient.kernels.rms_norm.kernel import rms_norm
 
 
 @triton.jit
@@ -92,6 +94,9 @@ def decode_linear(
 ) -> torch.Tensor:
     """See the public function. `override`: what `tuning` gives, in place of the defaults."""
     width = x.shape[-1]
+    if x.numel() > width:
+        x = x if norm is None else rms_norm(x, norm, eps, None)[0]
+        return decode_rows(x, weights, biases, gated, residual, **override)
     x = x if x.stride(-1) == 1 else x.contiguous()
     weights = [w if w.stride(1) == 1 else w.contiguous() for w in weights]
     sizes = [w.shape[0] for w in weights]

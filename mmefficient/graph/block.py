@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmefficient.kernels.decode_linear import decode_linear
+from mmefficient.kernels.decode_linear import MAX_ROWS, decode_linear
 from mmefficient.kernels.rms_norm import rms_norm
 from mmefficient.kernels.rope_store import rope_store
 from mmefficient.kernels.swiglu import swiglu
@@ -61,7 +61,7 @@ def product(
         residual: [B, N, K'], added to the result of a single layer; its memory is used for it.
     """
     weights, biases = [one.weight for one in linears], [one.bias for one in linears]
-    if x.is_cuda and x.shape[0] * x.shape[1] == 1:
+    if x.is_cuda and x.shape[0] * x.shape[1] <= (1 if x.dtype == torch.float32 else MAX_ROWS):
         scale, eps = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
         out = decode_linear(x, weights, biases=biases, norm=scale, eps=eps, gated=gated, residual=residual)
         return (out,) if gated else out.split([len(weight) for weight in weights], -1)

@@ -49,7 +49,15 @@ def row_block(
         return _feed(layer, plan, slots, hidden)
     projections, size = layer.self_attn, layer.self_attn.head_dim
     normed = rms_norm(hidden, layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon)[0]
-    key, value = (each.unflatten(-1, (-1, size)) for each in product(normed, (projections.k_proj, projections.v_proj)))
+    if plan.work.values:
+        key, value = product(normed, (projections.k_proj, projections.v_proj))
+    else:
+        (key,), (given,) = (
+            product(normed, (projections.k_proj,)),
+            product(slots.text_rows(normed), (projections.v_proj,)),
+        )
+        value = slots.put_text(torch.zeros_like(key), given, within=True)
+    key, value = key.unflatten(-1, (-1, size)), value.unflatten(-1, (-1, size))
     (query,) = product(slots.text_rows(normed) if score is None else normed, (projections.q_proj,))
     query = query.unflatten(-1, (-1, size))
     if score is None:

@@ -15,6 +15,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 from mmefficient.errors import InputError, ModelError, PlanError
 from mmefficient.graph import engine_of, release
 from mmefficient.graph.engine import Engine
+from mmefficient.graph.modules import modules_of
 from mmefficient.models import adapter_for
 from mmefficient.plan import Plan
 from tests import tiny
@@ -35,6 +36,7 @@ PLANS = [
     "shortv(layers=(1,3))+skip_ffn(layers=(2,))",
     "thin_ffn(ratio=3.0)+window2d(radius=1)",
     "modality_mutual",
+    "fastv(layer=1,keep=0.5)+layer_drop(from_layer=2)",
     "block_images+no_visual_self(scope=text,layers=(2,))",
     "grid(keep=0.6)+fastv(layer=2,keep=0.5)+shortv(layers=(0,1,3))",
     "yopo(exit=3,radius=1)",
@@ -241,6 +243,21 @@ def test_foreign_layers_run_eager(llava: Any) -> None:
     batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
     for plan in ("none", "composite"):
         assert "forward was replaced" in generate(llava, batch, plan)[1].engine["why"]
+
+
+def test_an_exchanged_module_is_noticed(llava: Any) -> None:
+    """Between two attachments, which compare modules instead of walking them."""
+    batch = tiny.collate("llava", tiny.ragged_prompts("llava")[:1])
+    mlp = llava.get_decoder().layers[1].mlp
+    own, other = mlp.up_proj, type("Adapted", (torch.nn.Linear,), {})(32, 48, bias=False)
+    for linear, name in ((own, "graph"), (other, "eager"), (own, "graph")):
+        mlp.up_proj = linear
+        assert generate(llava, batch)[1].engine["name"] == name
+    own.to(torch.float64)
+    assert modules_of(llava, llava.get_decoder().layers) is modules_of(llava, llava.get_decoder().layers)
+    known = modules_of(llava, llava.get_decoder().layers)
+    own.to(torch.float32)
+    assert modules_of(llava, llava.get_decoder().layers) is not known
 
 
 def test_bad_input_names_the_row_and_leaves_the_engine_usable(llava: Any) -> None:

@@ -26,13 +26,16 @@ def wide(*tensors: Any) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(24,), (24, 8, 8), (40, 40), pytest.param((4096, 512, 512), marks=pytest.mark.gpu)])
-def test_linear_behind_a_norm(kernel: Any, device: torch.device, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 11])
+def test_linear_behind_a_norm(
+    kernel: Any, device: torch.device, rows: int, sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
     """Also sizes that no block divides, biases, and the gated form."""
     width = 3584 if max(sizes) > 1000 else 200
-    x = torch.randn(1, 1, width, device=device, dtype=dtype)
+    x = torch.randn(rows, 1, width, device=device, dtype=dtype)
     weights = [torch.randn(n, width, device=device, dtype=dtype) / 14 for n in sizes]
     norm = torch.rand(width, device=device, dtype=dtype) + 0.5
-    residual = torch.randn(1, 1, sizes[0] if len(sizes) == 2 else sum(sizes), device=device, dtype=dtype)
+    residual = torch.randn(rows, 1, sizes[0] if len(sizes) == 2 else sum(sizes), device=device, dtype=dtype)
     given = {"biases": [torch.randn(n, device=device, dtype=dtype) for n in sizes], "gated": len(sizes) == 2}
     given |= {"norm": norm, "residual": residual, "eps": 1e-5}
     found = kernel(decode_linear, x, weights, **given)
@@ -114,7 +117,7 @@ def test_least_heads(kernel: Any, device: torch.device, heads: int, dtype: torch
 def test_refuse_what_does_not_fit() -> None:
     x, weight, cache = torch.randn(2, 8), torch.randn(4, 8), torch.randn(1, 1, 6, 4)
     calls: list[tuple[str, Any]] = [
-        ("one row", lambda: decode_linear(x, [weight])),
+        ("1 to 16 rows", lambda: decode_linear(torch.randn(17, 8), [weight])),
         ("do not fit x", lambda: decode_linear(x[0], [weight.T])),
         ("two weights", lambda: decode_linear(x[0], [weight], gated=True)),
         ("for each weight", lambda: decode_linear(x[0], [weight], biases=[])),
