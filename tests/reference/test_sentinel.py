@@ -113,8 +113,9 @@ def some_pairs(biased: tuple[Any, Any]) -> list[Pair]:
     ]
 
 
-def test_branches_are_scored_as_the_stock_model_does(biased: tuple[Any, Any], some_pairs: list[Pair], tmp_path: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_branches_are_scored_as_the_stock_model_does(
+    biased: tuple[Any, Any], some_pairs: list[Pair], tmp_path: Path
+) -> None:
     """Sums over the units' tokens alone, given picture, question and context; branches do not see each other."""
     model, processor = biased
     expected = []
