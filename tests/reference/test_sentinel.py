@@ -158,6 +158,21 @@ def test_training_prefers_what_is_true_and_can_be_resumed(some_pairs: list[Pair]
     assert log[-1]["preferred"] == 1.0
 
 
+def test_the_multiple_keeps_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[float] = []
+    monkeypatch.setattr(adapt, "save", lambda model, folder, scale, **facts: saved.append(scale))
+    recalls = {0.0: 0.99, 0.2: 0.99, 0.3: 0.985, 0.4: 0.981, 0.5: 0.9, 0.75: 0.8, 1.0: 0.7}
+
+    def validate(folder: Path, limit: int, device: torch.device) -> dict[str, float]:
+        return {"chair_s": 0.3 - 0.25 * saved[-1], "recall": recalls[saved[-1]]}
+
+    monkeypatch.setattr(sentinel, "validate", validate)
+    assert sentinel.choose(None, tmp_path, 8, torch.device("cpu")) == 0.4
+    assert saved == [0.0, *sentinel.MULTIPLES]
+    recalls.update(dict.fromkeys(sentinel.MULTIPLES, 0.5))
+    assert sentinel.choose(None, tmp_path, 8, torch.device("cpu")) == 0.0
+
+
 @pytest.fixture
 def delta(tmp_path: Path) -> Path:
     model, _ = load("reference-biased", device="cpu", dtype=torch.bfloat16, attn_implementation=None)
