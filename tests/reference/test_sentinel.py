@@ -113,8 +113,9 @@ def some_pairs(biased: tuple[Any, Any]) -> list[Pair]:
     ]
 
 
-def test_branches_are_scored_as_the_stock_model_does(biased: tuple[Any, Any], some_pairs: list[Pair], tmp_path: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_branches_are_scored_as_the_stock_model_does(
+    biased: tuple[Any, Any], some_pairs: list[Pair], tmp_path: Path
+) -> None:
     """Sums over the units' tokens alone, given picture, question and context; branches do not see each other."""
     model, processor = biased
     expected = []
@@ -155,6 +156,21 @@ def test_training_prefers_what_is_true_and_can_be_resumed(some_pairs: list[Pair]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert log[-1]["loss"] < log[0]["loss"]
     assert log[-1]["preferred"] == 1.0
+
+
+def test_the_multiple_keeps_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[float] = []
+    monkeypatch.setattr(adapt, "save", lambda model, folder, scale, **facts: saved.append(scale))
+    recalls = {0.0: 0.99, 0.1: 0.99, 0.15: 0.985, 0.2: 0.981, 0.3: 0.9, 0.5: 0.8, 1.0: 0.7}
+
+    def validate(folder: Path, limit: int, device: torch.device) -> dict[str, float]:
+        return {"chair_s": 0.3 - 0.25 * saved[-1], "recall": recalls[saved[-1]]}
+
+    monkeypatch.setattr(sentinel, "validate", validate)
+    assert sentinel.choose(None, tmp_path, 8, torch.device("cpu")) == 0.2
+    assert saved == [0.0, *sentinel.MULTIPLES]
+    recalls.update(dict.fromkeys(sentinel.MULTIPLES, 0.5))
+    assert sentinel.choose(None, tmp_path, 8, torch.device("cpu")) == 0.0
 
 
 @pytest.fixture
