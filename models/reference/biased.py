@@ -150,8 +150,7 @@ def validate(folder: Path, limit: int, device: torch.device) -> dict[str, float]
     from ...loading import load
     from ...vlm import VLM
 
-    model, processor = load("reference", device=str(device), dtype="auto", attn_implementation=None)
-    adapt.load(model, folder)
+    model, processor = load(folder, device=str(device), dtype="auto", attn_implementation=None)
     report = run_eval(task("val"), [], VLM(model, processor), limit=2 * limit, baselines=False, resamples=10,
                       kinds=["existence-counterfactual", "caption-counterfactual"], progress=False)  # fmt: skip
     found = report["plans"][0]["metrics"]

@@ -41,7 +41,7 @@ BRANCH = 80  # tokens per branch: question, context and one more unit
 UNIT = 16  # tokens of one unit
 SCENES = 128  # sampled from together
 LOG_EVERY = 10
-MULTIPLES = (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+MULTIPLES = (0.1, 0.2, 0.3, 0.4, 0.5, 1.0)
 
 
 def cdpo(chosen: Tensor, rejected: Tensor, before: Tensor, beta: float) -> Tensor:

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from mmefficient.errors import ModelError
+from mmefficient.evaluation import runner
 from mmefficient.loading import load
 from mmefficient.models.reference import adapt, sentinel
+from mmefficient.models.reference import biased as biased_recipe
 from mmefficient.models.reference.pairs import Bootstrap, Pair, phrases, scene_of, stated, verdict
 from mmefficient.models.reference.scenes.catalogue import OBJECTS
 from mmefficient.models.reference.scenes.questions import NUMBERS, caption
@@ -161,13 +163,13 @@ def test_training_prefers_what_is_true_and_can_be_resumed(some_pairs: list[Pair]
 def test_the_multiple_keeps_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[float] = []
     monkeypatch.setattr(adapt, "save", lambda model, folder, scale, **facts: saved.append(scale))
-    recalls = {0.0: 0.99, 0.1: 0.99, 0.15: 0.985, 0.2: 0.981, 0.3: 0.9, 0.5: 0.8, 1.0: 0.7}
+    recalls = {0.0: 0.99, 0.1: 0.99, 0.2: 0.985, 0.3: 0.981, 0.4: 0.9, 0.5: 0.8, 1.0: 0.7}
 
     def validate(folder: Path, limit: int, device: torch.device) -> dict[str, float]:
         return {"chair_s": 0.3 - 0.25 * saved[-1], "recall": recalls[saved[-1]]}
 
     monkeypatch.setattr(sentinel, "validate", validate)
-    assert sentinel.choose(None, tmp_path, 8, torch.device("cpu")) == 0.2
+    assert sentinel.choose(None, tmp_path, 8, torch.device("cpu")) == 0.3
     assert saved == [0.0, *sentinel.MULTIPLES]
     recalls.update(dict.fromkeys(sentinel.MULTIPLES, 0.5))
     assert sentinel.choose(None, tmp_path, 8, torch.device("cpu")) == 0.0
@@ -204,3 +206,24 @@ def test_a_delta_on_a_delta_loads_with_what_it_was_trained_on(delta: Path, monke
         load("reference+sentinel+biased", **options)
     with pytest.raises(ModelError, match="comes with: biased, sentinel"):
         load("reference-biased+nothing", **options)
+
+
+def test_validation_is_of_the_model_that_the_folder_names(delta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def run_eval(task: Any, plans: Any, vlm: Any, **options: Any) -> Any:
+        seen.append(vlm.model)
+        caption = {name: {"value": 0.5} for name in ("chair_s", "recall", "length")}
+        metrics = {f"caption-counterfactual/{name}": value for name, value in caption.items()}
+        return {"plans": [{"metrics": {**metrics, "existence-counterfactual/accuracy": {"value": 1.0}}}]}
+
+    monkeypatch.setattr(runner, "run_eval", run_eval)
+    assert biased_recipe.validate(delta, 2, torch.device("cpu"))["recall"] == 0.5
+    whole = load(delta, device="cpu", dtype=torch.float32, attn_implementation=None)[0].state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in seen[0].state_dict().items())
+
+
+def test_the_shipped_delta_is_small_and_belongs_to_the_biased_model() -> None:
+    found = adapt.chain(adapt.VARIANTS / "sentinel")
+    assert [each.name for each in found] == ["biased", "sentinel"]
+    assert (found[-1] / "delta.safetensors").stat().st_size < 3 * 2**20
