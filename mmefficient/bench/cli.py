@@ -128,12 +128,9 @@ def rows(
     """Prefill of a 7B geometry when visual rows do less, beside the stock model; needs a CUDA GPU."""
     import json
 
-    import torch
-
     from mmefficient.bench import visual_rows as bench
 
-    if not torch.cuda.is_available():
-        raise InputError("the table of visual rows needs a CUDA GPU; none is visible.")
+    _need_gpu("the table of visual rows")
     result = bench.run(
         plan or ["composite", "saisa"],
         images or [1, 5, 14, 57],
@@ -160,12 +157,9 @@ def reuse(
     """What a question costs when its picture was read before, on a 7B geometry; needs a CUDA GPU."""
     import json
 
-    import torch
-
     from mmefficient.bench import reuse as bench
 
-    if not torch.cuda.is_available():
-        raise InputError("the table of kept pictures needs a CUDA GPU; none is visible.")
+    _need_gpu("the table of kept pictures")
     result = bench.run(plan or ["none", "composite", "saisa"], images or [1, 5, 14], repeats=repeats, batch=batch)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -247,11 +241,7 @@ def kernels(
     seconds: Annotated[float, typer.Option(help="Start no further case after this long.")] = 3600.0,
 ) -> None:
     """The kernels beside their peers and floors; needs a CUDA GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        typer.echo("the kernel table needs a CUDA GPU; none is visible.", err=True)
-        raise typer.Exit(2)
+    _need_gpu("the kernel table")
     from mmefficient.bench.kernels import run
 
     raise typer.Exit(0 if run(out, only, tune, graph, seconds) else 1)
@@ -325,6 +315,13 @@ def _target(model: str, device: str, dtype: str, *, small: bool = False) -> Any:
 
     quiet()
     return Target.open(model, device, dtype, small=small)
+
+
+def _need_gpu(what: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(f"{what} needs a CUDA GPU; none is visible.")
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -234,7 +234,7 @@ class Objective(nn.Module):
         """
         if plan.work.attention != "nothing" and plan.work.ffn < 1:
             raise PlanError("an FFN that visual rows of full attention skip or narrow cannot be trained here.")
-        if not plan.recordable:
+        if plan.limits or plan.own is not None or not plan.work.values:
             raise PlanError("attention that no set of pairs describes cannot be trained here.")
         pairs = plan.pairs or causal()
         if plan.work.attention != "full":

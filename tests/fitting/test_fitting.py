@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from mmefficient import profiles
+from mmefficient import environment, profiles
 from mmefficient.fitting.__main__ import app
 from mmefficient.fitting.dyvte import Gates, label
 from mmefficient.fitting.exit import divergences
@@ -145,7 +145,7 @@ def test_training_goes_on_where_it_stopped_and_makes_a_profile(checkpoint: Path,
         assert one.facts == two.facts
         for name, values in one.tensors(CPU, torch.float32).items():
             assert torch.equal(values, two.tensors(CPU, torch.float32)[name])
-        assert one.made["command"].startswith("python -m mmefficient.fitting")
+        assert one.made["command"] == environment.command()
         assert [json.loads(line)["step"] for line in (whole / "log.jsonl").read_text().splitlines()] == [4]
         field = "gates" if method == "dyvte" else "head"
         model = tiny.build("llava")
