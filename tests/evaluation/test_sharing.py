@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,17 @@ def test_plans_share_inputs_and_features_and_are_charged_alike(task: Task, vlm: 
     def pictures(*args: Any) -> Any:
         nonlocal made
         made += 1
+        time.sleep(0.1)
         return task.pictures(*args)
 
     asker = Asker(vlm.model, vlm.processor, dataclasses.replace(task, pictures=pictures))
     tower: list[int] = []
-    handle = vlm.model.base_model.vision_tower.register_forward_hook(lambda *_: tower.append(1))
+
+    def slow(*_: Any) -> None:
+        time.sleep(0.1)
+        tower.append(1)
+
+    handle = vlm.model.base_model.vision_tower.register_forward_hook(slow)
     charged = []
     for plan in PLANS:
         with asker.under(Plan(plan)) as run:
@@ -62,8 +69,8 @@ def test_plans_share_inputs_and_features_and_are_charged_alike(task: Task, vlm: 
     handle.remove()
     assert made == 1
     assert sum(tower) - len(PLANS) == 2  # `shared` ran it for every plan; here "none" and "visionzip" did
-    assert charged[0]["vision"] == pytest.approx(charged[1]["vision"], rel=0.2)
-    assert charged[0]["preprocess"] == pytest.approx(charged[2]["preprocess"], rel=0.2)
+    for each in charged:  # the first plan spends the time, the others are charged with it
+        assert min(each.values()) >= 100 / len(records)
 
 
 def test_what_is_held_for_later_plans_is_bounded() -> None:
