@@ -31,7 +31,9 @@ _PACKAGES = (
 def command() -> str:
     """The command that runs, as it would be typed again."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    start = [Path(sys.argv[0]).name] if spec is None else ["python", "-m", spec.name.removesuffix(".__main__")]
+    start = [Path(sys.argv[0]).name]
+    if spec is not None and sys.argv[0] == spec.origin:  # else the module stands in for another command
+        start = ["python", "-m", spec.name.removesuffix(".__main__")]
     return shlex.join([*start, *sys.argv[1:]])
 
 

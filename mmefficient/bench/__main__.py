@@ -11,5 +11,5 @@ __all__ = ["app"]
 
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "bench")
+    sys.argv[:1] = ["mmefficient", "bench"]
     main()

@@ -126,8 +126,6 @@ def rows(
     out: Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")] = None,
 ) -> None:
     """Prefill of a 7B geometry when visual rows do less, beside the stock model; needs a CUDA GPU."""
-    import json
-
     from mmefficient.bench import visual_rows as bench
 
     _need_gpu("the table of visual rows")
@@ -138,10 +136,7 @@ def rows(
         repeats=repeats,
         batch=batch,
     )
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    typer.echo(bench.table(result))
+    _give_file(result, bench.table(result), out)
 
 
 @app.command()
@@ -155,16 +150,11 @@ def reuse(
     out: Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")] = None,
 ) -> None:
     """What a question costs when its picture was read before, on a 7B geometry; needs a CUDA GPU."""
-    import json
-
     from mmefficient.bench import reuse as bench
 
     _need_gpu("the table of kept pictures")
     result = bench.run(plan or ["none", "composite", "saisa"], images or [1, 5, 14], repeats=repeats, batch=batch)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    typer.echo(bench.table(result))
+    _give_file(result, bench.table(result), out)
 
 
 @app.command()
@@ -255,15 +245,10 @@ def selection(
     out: Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")] = None,
 ) -> None:
     """What choosing tokens costs: the greedy kernel beside plain loops, and whole decisions of methods."""
-    import json
-
     from mmefficient.bench.selection import PLANS, run, table
 
     result = run(plan or PLANS, device=device, repeats=repeats)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+    _give_file(result, table(result), out)
 
 
 @app.command()
@@ -343,6 +328,16 @@ def _give(result: dict[str, Any], tables: str, out: Path | None, draw: Any) -> N
     if failed:
         typer.echo(f"{len(failed)} of {len(result['rows'])} rows failed their check and have no times.", err=True)
         raise typer.Exit(1)
+
+
+def _give_file(result: dict[str, Any], tables: str, out: Path | None) -> None:
+    """Write the result to a file of its own, and print the tables."""
+    if out is not None:
+        import json
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    typer.echo(tables)
 
 
 def _drawn(draw: Any, result: dict[str, Any]) -> Figure | None:

@@ -14,12 +14,11 @@ Under `accelerate launch` (or torchrun) processes share the work, on one GPU or 
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmefficient.bench.result import command
 from mmefficient.errors import MMEfficientError
 from mmefficient.evaluation.processes import Processes
 from mmefficient.evaluation.runner import run_eval
@@ -121,7 +120,7 @@ def run(
     plans = [chosen[best], *combined, *others]  # what matters most first, should time run out
     test = run_eval(task("test"), plans, vlm, limit=limit, out=out / "test", **options)
     return {
-        "command": shlex.join(["mmefficient", *sys.argv[1:]]),
+        "command": command(),
         "chosen": chosen,
         "feasible": feasible,
         "broken": [plan for plan, metrics in entries.items() if broken(entries["none"], metrics)],

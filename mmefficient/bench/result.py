@@ -59,12 +59,17 @@ class Target:
         return [Plan(text) for text in texts]
 
 
+def command() -> str:
+    """The benchmark that runs, as it would be typed again."""
+    return shlex.join(["mmefficient", *sys.argv[1:]])
+
+
 def header(benchmark: str, target: Target) -> dict[str, Any]:
     """Schema, command, model, machine, versions and commit."""
     return {
         "schema": SCHEMA,
         "benchmark": benchmark,
-        "command": shlex.join(["mmefficient", *sys.argv[1:]]),
+        "command": command(),
         "model": target.name,
         "parameters": sum(p.numel() for p in target.model.parameters()),
         "dtype": str(target.model.dtype).removeprefix("torch."),

@@ -12,9 +12,7 @@ last bits may swap, so the table says how many picks are shared.
 
 from __future__ import annotations
 
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 
+from mmefficient.bench.result import command
 from mmefficient.environment import collect
 from mmefficient.errors import PlanError
 from mmefficient.kernels.greedy_select import Objective, greedy_select
@@ -76,7 +75,7 @@ def run(
             rows.append(_method(reducer, tokens, repeats))
     return {
         "benchmark": "selection",
-        "command": shlex.join(sys.argv),
+        "command": command(),
         "device": str(target),
         "repeats": repeats,
         "widths": [width, tower_width],

@@ -11,8 +11,6 @@ the tuned model. Only captions name objects, so verification leaves answers to q
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mmefficient.bench.hallucination import CAPTION, EXISTENCE, table, value
+from mmefficient.bench.result import command
 from mmefficient.environment import collect
 from mmefficient.evaluation.answers import Answer
 from mmefficient.evaluation.generation import Asker, batches, fingerprint
@@ -76,7 +75,7 @@ def verified(
 def report(task: Task, records: Sequence[Record], runs: Sequence[PlanRun], **settings: Any) -> dict[str, Any]:
     """The first run against the others, with paired intervals; see `evaluation.report.build`."""
     facts = {"task": task.name, "questions": len(records), "digest": digest(records), "hashes": hashes(task, records)}
-    facts |= {**settings, "command": shlex.join(sys.argv)}
+    facts |= {**settings, "command": command()}
     return build(task, records, runs, settings=facts, environment=collect(), resamples=2000, seed=0)
 
 

@@ -12,9 +12,7 @@ which computes every row and masks (up to five pictures).
 from __future__ import annotations
 
 import copy
-import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from transformers import LogitsProcessor
 
 from mmefficient.bench.floors import measure
 from mmefficient.bench.presets import random_model
+from mmefficient.bench.result import command
 from mmefficient.bench.tables import cell, markdown
 from mmefficient.bench.timers import StageTimer
 from mmefficient.environment import collect
@@ -166,7 +165,7 @@ def run(
     release(model)
     return {
         "benchmark": "rows",
-        "command": shlex.join(sys.argv),
+        "command": command(),
         "ceilings": {"flops_per_s": ceilings.flops, "bytes_per_s": ceilings.bandwidth},
         "rows": rows,
         "environment": collect(),

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
 import warnings
 from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mmefficient.environment import collect
+from mmefficient.environment import collect, command
 from mmefficient.errors import InputError
 from mmefficient.evaluation import tasks
 from mmefficient.evaluation.baselines import NAMES, RANDOM_SEEDS
@@ -131,7 +129,7 @@ def run_eval(
             "batch_size": size,
             "processes": world.size,
             "device": str(vlm.model.device),
-            "command": shlex.join(sys.argv),
+            "command": command(),
         },
         environment=collect(),
         resamples=resamples,
