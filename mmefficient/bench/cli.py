@@ -187,7 +187,7 @@ def hallucination(
     only: Annotated[list[str] | None, typer.Option(help="A method, without reducers; repeat for more.")] = None,
     trial: Annotated[int, typer.Option(min=2, help="Validation questions to choose strengths on.")] = 1300,
     limit: Annotated[int | None, typer.Option(min=6, help="Questions of all kinds together.")] = None,
-    split: Annotated[str, typer.Option(help="test, or confirm: other questions, for choices made after test.")] = "test",
+    split: Annotated[str, typer.Option(help="test, or confirm: unused questions, to confirm a choice.")] = "test",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto is the checkpoint's own, and float32 on a CPU.")] = "auto",
 ) -> None:

@@ -25,7 +25,9 @@ PLANS = [
 def logits(model: Any, batch: dict[str, Any], plan: str, engine: str) -> torch.Tensor:
     """Of three greedy steps, [3, B, V], on the CPU."""
     with Plan(plan).apply(model, engine=engine):
-        found = model.generate(**batch, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        found = model.generate(
+            **batch, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
     return torch.stack(found.logits).cpu()
 
 

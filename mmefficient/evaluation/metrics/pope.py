@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from mmefficient.evaluation.metrics.text import words
 from mmefficient.evaluation.task import Output, Ratio, Record, ratio
 
-
 COUNTS = ("true_positives", "false_positives", "true_negatives", "false_negatives")
 
 
