@@ -188,6 +188,7 @@ def hallucination(
     trial: Annotated[int, typer.Option(min=2, help="Validation questions to choose strengths on.")] = 1300,
     limit: Annotated[int | None, typer.Option(min=6, help="Questions of all kinds together.")] = None,
     split: Annotated[str, typer.Option(help="test, or confirm: unused questions, to confirm a choice.")] = "test",
+    clock: Annotated[str, typer.Option(help="Model to time them on, as llava-1.5-7b; none = no times.")] = "none",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto is the checkpoint's own, and float32 on a CPU.")] = "auto",
 ) -> None:
@@ -195,7 +196,7 @@ def hallucination(
     from mmefficient.bench.hallucination import run, table, write
     from mmefficient.evaluation.processes import Processes
 
-    result = run(model, out, only or [], trial=trial, limit=limit, split=split, device=device, dtype=dtype)
+    result = run(model, out, only or [], trial=trial, limit=limit, split=split, clock=clock, device=device, dtype=dtype)
     if Processes.current().rank == 0:
         write(result, out)
         print(table(result))

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmefficient.bench.hallucination_clock import added, measure, timed
 from mmefficient.bench.result import command
 from mmefficient.errors import MMEfficientError
 from mmefficient.evaluation.metrics.pope import COUNTS
@@ -74,6 +75,7 @@ def run(
     trial: int = 1300,
     limit: int | None = None,
     split: str = "test",
+    clock: str = "none",
     device: str,
     dtype: str,
 ) -> dict[str, Any]:
@@ -83,10 +85,12 @@ def run(
         only: the methods, without reducers; all of both by default.
         trial: validation questions, spread over both counterfactual kinds; limit: questions of all kinds together.
         split: "test", or "confirm" for what was decided after a look at that.
+        clock: model to time the plans on, alone on its device, such as "llava-1.5-7b"; "none": no times.
 
     Returns:
         {"chosen": {method: plan}, "feasible": {method: bool}, "broken": plans whose validation captions came apart,
-        "left_out": {method: why}, "validation", "test"}: the last two are reports of `run_eval`, "test" of `split`.
+        "left_out": {method: why}, "validation", "test", "clock"}: reports of `run_eval`, "test" of `split`, and
+        of `hallucination_clock.measure`.
     """
     world = Processes.current()
     vlm = VLM.from_pretrained(model, device=world.device or device, dtype=dtype)
@@ -122,6 +126,10 @@ def run(
     others = [plan for name, plan in chosen.items() if name != best]
     plans = [chosen[best], *([] if only else combined), *others]  # what matters most first, should time run out
     test = run_eval(task(split), plans, vlm, limit=limit, out=out / split, **options)
+    times = None
+    if clock != "none" and world.rank == 0:
+        del vlm
+        times = measure(plans, clock, out / "clock.json", device=world.device or device, dtype=dtype)
     return {
         "command": command(),
         "chosen": chosen,
@@ -130,6 +138,7 @@ def run(
         "left_out": left_out,
         "validation": first,
         "test": test,
+        "clock": times,
     }
 
 
@@ -164,10 +173,10 @@ def choose(base: Entry, tried: Mapping[str, Entry]) -> tuple[str, bool]:
 def table(result: Mapping[str, Any]) -> str:
     """Test scores as a Markdown table: percent, with paired 95 % intervals of the differences to no plan.
 
-    Milliseconds are there if one process ran alone.
+    With a clock also milliseconds per token over no plan, in a batch of one.
     """
-    alone = result["test"]["settings"]["processes"] == 1
-    titles = [*(title for _, title in COLUMNS), "TP/FP/TN/FN", *(["decode ms"] if alone else [])]
+    over = added(result["clock"]["rows"]) if result.get("clock") else {}
+    titles = [*(title for _, title in COLUMNS), "TP/FP/TN/FN", *(["ms per token"] if over else [])]
     lines = [f"| plan | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
     loose = {str(Plan(result["chosen"][name])) for name, good in result["feasible"].items() if not good}
     for entry in result["test"]["plans"]:
@@ -184,8 +193,8 @@ def table(result: Mapping[str, Any]) -> str:
             cells.append(cell)
         counts = (entry["metrics"].get(f"{EXISTENCE}/{name}") for name in COUNTS)
         cells.append("/".join(f"{count['value']:.0f}" for count in counts if count))
-        if alone:
-            cells.append(f"{entry['ms_per_question']['decode']:.2f}")
+        if over:
+            cells.append(over.get(str(Plan(timed(entry["plan"]))), ""))
         mark = " *" if entry["plan"] in loose else ""
         lines.append(f"| `{entry['plan']}`{mark} | {' | '.join(cells)} |")
     return "\n".join(lines)
