@@ -90,7 +90,7 @@ def grouped_attention(
     if head_gain is not None:
         head_gain = head_gain.expand(batch, heads, rows)
     inputs = Inputs(q, k, v, bias, logit_map, head_gain)
-    out = q.new_empty(groups, *q.shape, dtype=torch.float32) if partials else torch.empty_like(q)
+    out = q.new_empty(groups, *q.shape) if partials else torch.empty_like(q)
     lead = (groups,) if partials else ()
     found = torch.empty(*lead, batch, heads, rows, dtype=torch.float32, device=q.device) if lse else None
     key = (inputs.signature, scale, partials, lse, *override.items())
@@ -116,6 +116,7 @@ def _prepare(
     tasks = made.soft_blocks * batch * heads * groups
     programs = ceil_div(made.work * heads // len(layout.rules), max(made.longest, 1))
     parts = override.get("PARTS", 0) or parts_for(programs, made.longest, device)
+    walks = 1 if groups == 2 and parts == 1 else groups  # programs that share a query block's groups
     plain = groups == 1 and not lse and gain is None
     # with one program of attention to a processor there is room for programs that copy rows beside them
     busy = programs * parts > processors(device)
@@ -135,12 +136,12 @@ def _prepare(
         batch, heads, rows, k.shape[2], made.lists.shape[-1], *made.blocks.shape[-2:], made.soft_blocks,
         made.blocks.shape[1],
         heads // k.shape[1], dim, max(16, power_above(dim)), made.block_m, made.block_n, len(layout.rules), groups,
-        parts, logit_map is not None, bias is not None, gain is not None, lse, copies,
-        made.contiguous and logit_map is None, layout.page is not None, layout.segment is not None,
+        walks, parts, logit_map is not None, bias is not None, gain is not None, lse, copies,
+        made.contiguous and logit_map is None and walks == groups, layout.page is not None, layout.segment is not None,
         layout.mask is not None, "ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     rest_blocks = made.left_blocks if copies else made.rest_blocks
-    grid = ((made.soft_blocks * parts * groups + rest_blocks) * batch * heads, 1, 1)
+    grid = ((made.soft_blocks * parts * walks + rest_blocks) * batch * heads, 1, 1)
     room = tasks * parts * made.block_m * (dim + 1) if parts > 1 else 0
     options = {name: settings[name] for name in ("num_warps", "num_stages")}
     run: Callable[..., Any] | None = None

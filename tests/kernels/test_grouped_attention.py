@@ -54,6 +54,19 @@ def test_options(kernel: Any, device: torch.device, pattern: str, partials: bool
     compare(kernel, layout, tensors, **options(layout, 7), partials=partials)
 
 
+@pytest.mark.parametrize("length", [65, *REAL])
+@pytest.mark.parametrize("image", [0, 1])
+@pytest.mark.parametrize("pattern", ["causal", "self"])
+def test_two_groups(kernel: Any, device: torch.device, pattern: str, image: int, length: int) -> None:
+    """One program walks both; a prompt without an image has no key of the first, or of the second."""
+    given = facts(length, device)
+    group = torch.where(given["role"] == 2, image, 1 - image)
+    layout = layout_for(PATTERNS[pattern], length, device, group=group, groups=2, **blocks(length))
+    tensors = qkv(layout, 2, 1, 32, torch.float32 if length < 100 else torch.bfloat16)
+    compare(kernel, layout, tensors, partials=True)
+    compare(kernel, layout, tensors, partials=True, **options(layout, 2))
+
+
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float32])
 @pytest.mark.parametrize("length", [33, pytest.param(639, marks=pytest.mark.gpu)])
