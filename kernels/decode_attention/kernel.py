@@ -63,7 +63,7 @@ def _merge(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + tl.sum(values * tl.exp2(each - base)[:, None], 0)[None]
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for part in tl.range(0, PARTS, loop_unroll_factor=64 // BLOCK_M):
+        for part in tl.range(0, PARTS, loop_unroll_factor=256 // BLOCK_M):
             at = spot * PARTS + part
             weight = tl.exp2(tl.load(levels + at, mask=used, other=float("-inf"), cache_modifier=".cg") - safe)
             values = tl.load(scratch + at[:, None] * D + d[None], mask=inside, other=0.0, cache_modifier=".cg")
@@ -177,10 +177,10 @@ def need(chosen: dict[str, int], block_d: int, itemsize: int) -> int:
 def parts_for(programs: int, key_blocks: int, rows: int, device: torch.device) -> int:
     """Into how many parts the keys are split: two programs to a processor, or one if merging has several rows to write.
 
-    A part has two key blocks at least: with one, there is nothing to load while it is worked on.
+    A part has two key blocks at least, or three: with one, there is nothing to load while it is worked on.
     """
-    resident = 2 if rows == 1 else 1
-    return max(1, min(resident * processors(device) // programs, ceil_div(key_blocks, 2), 64))
+    resident, least = (2, 2) if rows == 1 else (1, 3)
+    return max(1, min(resident * processors(device) // programs, ceil_div(key_blocks, least), 64))
 
 
 Strides = tuple[int, ...]

@@ -47,7 +47,7 @@ def parts_for(programs: int, longest: int, device: torch.device) -> int:
     until each has two: shorter ones save less than merging costs.
 
     Args:
-        programs: query blocks of all heads, counted in those of the `longest` list of key blocks.
+        programs: query blocks of all heads and groups, counted in those of the `longest` list of key blocks.
     """
     programs, room = max(programs, 1), processors(device)
     first, second = min(longest // 2, 5 * room // (4 * programs)), min(longest // 11, 2 * room // programs)
@@ -114,7 +114,7 @@ def _prepare(
     assert made is not None
     batch, heads, rows, dim = q.shape
     tasks = made.soft_blocks * batch * heads * groups
-    programs = ceil_div(made.work * heads // len(layout.rules), max(made.longest, 1))
+    programs = ceil_div(made.work * heads * groups // len(layout.rules), max(made.longest, 1))
     parts = override.get("PARTS", 0) or parts_for(programs, made.longest, device)
     walks = 1 if groups == 2 and parts == 1 else groups  # programs that share a query block's groups
     plain = groups == 1 and not lse and gain is None

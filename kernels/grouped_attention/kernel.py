@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from mmefficient.kernels.grouped_attention.schedule import known_of, ruled_facts
-from mmefficient.kernels.grouped_attention.softmax import mapped, merged, result, step, unit
+from mmefficient.kernels.grouped_attention.softmax import biases, mapped, merged, result, step, unit
 
 
 @triton.jit
@@ -104,22 +104,28 @@ def _soft_rows(
     level = top
     kept = tl.zeros([BLOCK_M, BLOCK_D], out.dtype.element_ty)
     ahead = _entry(listed, first, first < stop, together, CONTIGUOUS)
+    coming = tl.zeros([BLOCK_N], tl.float32)
+    if BIAS:
+        coming = biases(shaping, (ahead & 0xFFFFFF) * BLOCK_N + tl.arange(0, BLOCK_N), scale, MAP)
     for i in range(first, stop):
-        entry = ahead  # the next one is fetched a block early, so that its keys are not waited for
+        entry, shift = ahead, coming  # the next ones are fetched a block early, so that nothing waits for them
         ahead = _entry(listed, i + 1, i + 1 < stop, together, CONTIGUOUS)
+        if BIAS:
+            coming = biases(shaping, (ahead & 0xFFFFFF) * BLOCK_N + tl.arange(0, BLOCK_N), scale, MAP)
         some, of, turns = i >= full, g, False
         if together:
-            some, of, turns = tl.where(i < turn, some, i >= turn + next_full), (i >= turn).to(tl.int32), i == turn
+            turns = i == turn
+            some, of = tl.where(i < turn, some, turns | (i >= turn + next_full)), (i >= turn).to(tl.int32)
         top, total, acc, kept, level = step(
-            x, top, total, acc, kept, level, facts, own, n, entry, some, turns, k, v, k_n, v_n, rules, known,
-            keys, shaping, scale, of, factor, copied, copies, out, o_n, D, BLOCK_D, BLOCK_N, GROUPS, MAP,
-            BIAS, COPIES, PLACES, SEGMENTS, MASKED, PRECISION,
+            x, top, total, acc, kept, level, facts, own, n, entry, shift, some, turns, k, v, k_n, v_n, rules,
+            known, keys, shaping, scale, of, factor, copied, copies, out, o_n, D, BLOCK_D, BLOCK_M, BLOCK_N, GROUPS,
+            MAP, BIAS, COPIES, PLACES, SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip
     if together:  # if no block of the second group came, what is at hand is the first one's, and nothing is kept yet
         mine = (stop > turn).to(tl.int32)
         _store(kept, level, 1 - mine, bh, n, out, lse, o_g, o_n, batch, heads, rows, D, BLOCK_D, LSE)
         g = mine
-    acc, level = result(top, total, acc, factor, scale, MAP, BIAS)
+    acc, level = result(top, total, acc, factor, scale, MAP)
     whole = part < parts
     if PARTS > 1:
         split = whole & (parts > 1)
@@ -155,9 +161,10 @@ def _rest_rows(
     if LSE:
         x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=inside, other=0.0).to(tl.float32)
         y = tl.load(k + own[:, None].to(tl.int64) * k_n + d[None], mask=inside, other=0.0).to(tl.float32)
-        s = mapped(tl.sum(x * y, 1)[None], shaping, tl.maximum(of, 0)[None], tl.maximum(own, 0), scale, MAP, BIAS)
-        natural = unit(scale, MAP, BIAS) * 0.6931471805599453
-        level = tl.where(sees, tl.reshape(s, [BLOCK_M]) * natural, float("-inf"))
+        s = mapped(tl.sum(x * y, 1), shaping, tl.maximum(of, 0), scale, MAP)
+        if BIAS:
+            s += biases(shaping, tl.maximum(own, 0), scale, MAP)
+        level = tl.where(sees, s * unit(scale, MAP) * 0.6931471805599453, float("-inf"))
     at = out + n[:, None].to(tl.int64) * o_n + d[None]
     for g in tl.static_range(GROUPS):
         mine = value

@@ -9,45 +9,49 @@ from mmefficient.kernels.grouped_attention.schedule import pairs
 
 
 @triton.jit
-def mapped(s, shaping, of, key, scale, MAP: tl.constexpr, BIAS: tl.constexpr):
-    """Logits after scale, map by group and bias; without map and bias they are left unscaled, see `unit`.
+def mapped(s, shaping, of, scale, MAP: tl.constexpr):
+    """Logits after scale and map by group; without a map they are left unscaled, see `unit`.
 
     `shaping`: this head's biases, its a, and the strides to b and c and to the next group; `of`: the groups of the
     keys, or the one that they are all of.
     """
-    bias, factors, map_f, map_g = shaping
+    _bias, factors, map_f, map_g = shaping
     if MAP:
         s = s * scale
         a = tl.load(factors + of * map_g).to(tl.float32)
         m = tl.load(factors + map_f + of * map_g).to(tl.float32)
         c = tl.load(factors + 2 * map_f + of * map_g).to(tl.float32)
         s = a * s + (m * tl.abs(s) + c)
-    if BIAS:
-        shift = tl.load(bias + key).to(tl.float32)[None]  # aligned rows, padded: see `padded_rows`
-        s = s + shift if MAP else s * scale + shift
     return s
 
 
 @triton.jit
-def unit(scale, MAP: tl.constexpr, BIAS: tl.constexpr):
-    """What turns the logits of `mapped` into exponents of two, inside the multiply-add that takes the maximum off."""
-    return 1.4426950408889634 if MAP or BIAS else scale * 1.4426950408889634
+def biases(shaping, key, scale, MAP: tl.constexpr):
+    """Those of `key`, which may lie behind the end by less than a block (see `padded_rows`), in units of `mapped`."""
+    found = tl.load(shaping[0] + key).to(tl.float32)
+    return found if MAP else found * (1.0 / scale)
 
 
 @triton.jit
-def result(top, total, acc, factor, scale, MAP: tl.constexpr, BIAS: tl.constexpr):
+def unit(scale, MAP: tl.constexpr):
+    """What turns the logits of `mapped` into exponents of two, inside the multiply-add that takes the maximum off."""
+    return 1.4426950408889634 if MAP else scale * 1.4426950408889634
+
+
+@triton.jit
+def result(top, total, acc, factor, scale, MAP: tl.constexpr):
     """Output, times `factor`, and log-sum-exp to the base of two of a running softmax."""
-    level = tl.where(total == 0, float("-inf"), top * unit(scale, MAP, BIAS) + tl.log2(total))
+    level = tl.where(total == 0, float("-inf"), top * unit(scale, MAP) + tl.log2(total))
     return acc * (factor / tl.where(total == 0, 1.0, total))[:, None], level
 
 
 @triton.jit
 def step(
-    x, top, total, acc, kept, level, facts, own, n, entry, some, turns, k, v, k_n, v_n, rules, known, keys, shaping,
-    scale, wanted, factor, copied, copies, out, o_n,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, MAP: tl.constexpr,
-    BIAS: tl.constexpr, COPIES: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, top, total, acc, kept, level, facts, own, n, entry, shift, some, turns, k, v, k_n, v_n, rules, known, keys,
+    shaping, scale, wanted, factor, copied, copies, out, o_n,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
+    MAP: tl.constexpr, BIAS: tl.constexpr, COPIES: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The key block of a list's `entry` in the running softmax; `some`: not all of its pairs exist.
 
@@ -69,33 +73,36 @@ def step(
     else:
         y = tl.load(at_k)
         z = tl.load(at_v)
-    logit = tl.dot(x, y, input_precision=PRECISION)
+    logit = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if BIAS and not MAP:  # to begin with it costs less than to add it
+        logit += shift[None]
+    logit = tl.dot(x, y, logit, input_precision=PRECISION)
     if MAP:
         logit *= scale
         alone = entry >> 26
         if alone > 0:  # numbers, which are cheaper than a vector of them
-            logit = mapped(logit, shaping, alone - 1, key, 1.0, MAP, BIAS)
+            logit = mapped(logit, shaping, alone - 1, 1.0, MAP)
         else:
             of = tl.load(groups + key, mask=real, other=0)
-            logit = mapped(logit, shaping, of[None], key, 1.0, MAP, BIAS)
-    else:
-        logit = mapped(logit, shaping, 0, key, scale, MAP, BIAS)
+            logit = mapped(logit, shaping, of[None], 1.0, MAP)
+        if BIAS:
+            logit += shift[None]
     if GROUPS > 1:
         if some:
             mine = tl.load(groups + key, mask=real, other=-1) == wanted
             logit = tl.where(mine[None], logit, float("-inf"))
+            if turns:  # in a branch behind the logits: before them, every block would wait for the product with values
+                done, level = result(top, total, acc, factor, scale, MAP)
+                kept = done.to(kept.dtype)
+                top = tl.full(top.shape, float("-inf"), tl.float32)  # all that is summed so far fades to nothing
+                total = tl.zeros(total.shape, tl.float32)
         some = some & ((entry >> 24 & 1) == 0)
     if some:
         ok = pairs(facts, own, key, n, rules, known, keys, PLACES, SEGMENTS, MASKED)
         logit = tl.where(ok, logit, float("-inf"))
-    if turns:  # at this place the last product of the first group need not be waited for
-        done, level = result(top, total, acc, factor, scale, MAP, BIAS)
-        kept = done.to(kept.dtype)
-        top = tl.full(top.shape, float("-inf"), tl.float32)  # all that is summed so far fades to nothing
-        total = tl.zeros(total.shape, tl.float32)
     new = tl.maximum(top, tl.max(logit, 1))
     safe = tl.where(new == float("-inf"), 0.0, new)
-    power = unit(scale, MAP, BIAS)
+    power = unit(scale, MAP)
     weight = tl.exp2(logit * power - (safe * power)[:, None])
     fade = tl.exp2((top - safe) * power)
     total = total * fade + tl.sum(weight, 1)

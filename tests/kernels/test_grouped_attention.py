@@ -64,6 +64,7 @@ def test_two_groups(kernel: Any, device: torch.device, pattern: str, image: int,
     layout = layout_for(PATTERNS[pattern], length, device, group=group, groups=2, **blocks(length))
     tensors = qkv(layout, 2, 1, 32, torch.float32 if length < 100 else torch.bfloat16)
     compare(kernel, layout, tensors, partials=True)
+    compare(kernel, layout, tensors, partials=True, bias=options(layout, 2)["bias"])
     compare(kernel, layout, tensors, partials=True, **options(layout, 2))
 
 
