@@ -10,7 +10,7 @@ import torch
 from mmefficient.kernels.arrivals import counters
 from mmefficient.kernels.common import ceil_div, power_above, power_below, processors
 from mmefficient.kernels.grouped_attention.kernel import _forward
-from mmefficient.kernels.grouped_attention.layout import Layout
+from mmefficient.kernels.grouped_attention.layout import Layout, Schedule
 
 MOST_PARTS = 16
 
@@ -55,13 +55,21 @@ def parts_for(programs: int, longest: int, device: torch.device) -> int:
 
 
 def padded_rows(bias: torch.Tensor, block: int) -> torch.Tensor:
-    """[B, Hq, Nk] with rows that begin at multiples of 16 and may be read up to the end of the last key block."""
+    """[B, Hq, Nk] whose keys follow each other in memory.
+
+    With a `block` of 16 or more, rows begin at multiples of 16 and may be read up to the end of the last key block.
+    """
     batch, heads, keys = bias.shape
     wide = ceil_div(keys, block) * block
-    if wide == keys and bias.stride(2) == 1 and not (bias.stride(0) | bias.stride(1)) % 16:
+    if wide == keys and bias.stride(2) == 1 and not (bias.stride(0) | bias.stride(1)) % min(block, 16):
         return bias
     found = torch.empty(batch, heads, wide, dtype=bias.dtype, device=bias.device)[..., :keys]
     return found.copy_(bias)
+
+
+def pads(made: Schedule) -> bool:
+    """Whether a bias is read so often, by more than four query blocks, that rows for wide reads are worth a copy."""
+    return made.work > 4 * made.copied.shape[:2].numel() * made.blocks.shape[-1]
 
 
 def grouped_attention(
@@ -84,7 +92,7 @@ def grouped_attention(
     batch, heads, rows = q.shape[:3]
     groups = layout.groups if partials else 1
     if bias is not None:
-        bias = padded_rows(bias.expand(batch, heads, k.shape[2]), made.block_n)
+        bias = padded_rows(bias.expand(batch, heads, k.shape[2]), made.block_n if pads(made) else 1)
     if logit_map is not None:
         logit_map = logit_map.expand(3, batch, heads, -1)
     if head_gain is not None:
@@ -116,7 +124,6 @@ def _prepare(
     tasks = made.soft_blocks * batch * heads * groups
     programs = ceil_div(made.work * heads * groups // len(layout.rules), max(made.longest, 1))
     parts = override.get("PARTS", 0) or parts_for(programs, made.longest, device)
-    walks = 1 if groups == 2 and parts == 1 else groups  # programs that share a query block's groups
     plain = groups == 1 and not lse and gain is None
     # with one program of attention to a processor there is room for programs that copy rows beside them
     busy = programs * parts > processors(device)
@@ -136,12 +143,12 @@ def _prepare(
         batch, heads, rows, k.shape[2], made.lists.shape[-1], *made.blocks.shape[-2:], made.soft_blocks,
         made.blocks.shape[1],
         heads // k.shape[1], dim, max(16, power_above(dim)), made.block_m, made.block_n, len(layout.rules), groups,
-        walks, parts, logit_map is not None, bias is not None, gain is not None, lse, copies,
-        made.contiguous and logit_map is None and walks == groups, layout.page is not None, layout.segment is not None,
+        parts, logit_map is not None, bias is not None, pads(made), gain is not None, lse, copies,
+        made.contiguous and logit_map is None, layout.page is not None, layout.segment is not None,
         layout.mask is not None, "ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     rest_blocks = made.left_blocks if copies else made.rest_blocks
-    grid = ((made.soft_blocks * parts * walks + rest_blocks) * batch * heads, 1, 1)
+    grid = ((made.soft_blocks * parts * groups + rest_blocks) * batch * heads, 1, 1)
     room = tasks * parts * made.block_m * (dim + 1) if parts > 1 else 0
     options = {name: settings[name] for name in ("num_warps", "num_stages")}
     run: Callable[..., Any] | None = None

@@ -2,8 +2,8 @@
 
 One launch serves rows with a softmax and rows without. A program of the first kind takes one query block of one head
 and, when few blocks would leave processors idle, one part of its key blocks; the part that finishes last merges them.
-With partial results every key group has a list of blocks, a softmax and an output of its own; a program may walk two
-groups in turn. The last query block reads the values of most rest rows anyway, so it can copy them.
+With partial results every key group has a list of blocks, a softmax and an output of its own. The last query block
+reads the values of most rest rows anyway, so it can copy them.
 """
 
 from __future__ import annotations
@@ -12,22 +12,12 @@ import triton
 import triton.language as tl
 
 from mmefficient.kernels.grouped_attention.schedule import known_of, ruled_facts
-from mmefficient.kernels.grouped_attention.softmax import biases, mapped, merged, result, step, unit
+from mmefficient.kernels.grouped_attention.softmax import biases, in_units, mapped, merged, step, unit
 
 
 @triton.jit
-def _entry(listed, i, real, TOGETHER: tl.constexpr, CONTIGUOUS: tl.constexpr):
-    """Entry i of the lists of a query block: those of full key blocks, which may follow each other, come first.
-
-    With TOGETHER the lists of the second group come after all of the first.
-    """
-    all_blocks, some_blocks, start, full, turn, next_full, hop = listed
-    if TOGETHER:
-        begun = i >= turn
-        full = tl.where(begun, next_full, full)
-        all_blocks += tl.where(begun, hop, 0)
-        some_blocks += tl.where(begun, hop, 0)
-        i -= tl.where(begun, turn, 0)
+def _entry(all_blocks, some_blocks, start, i, full, real, CONTIGUOUS: tl.constexpr):
+    """Entry i of the lists of a query block: those of full key blocks, which may follow each other, come first."""
     if CONTIGUOUS:  # a load that is masked off costs no wait
         return tl.where(i < full, start + i, tl.load(some_blocks + (i - full), mask=(i >= full) & real, other=0))
     else:
@@ -54,16 +44,15 @@ def _soft_rows(
     gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks,
     kinds,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
-    GROUPS: tl.constexpr, WALKS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
+    GROUPS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, PADDED: tl.constexpr,
     GAIN: tl.constexpr, LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
     SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One query block over one part of its keys: of one group if there are several, or of two in turn."""
+    """One query block over one part of its keys, of one group if there are several."""
     d = tl.arange(0, BLOCK_D)
-    together: tl.constexpr = WALKS < GROUPS
     part = item % PARTS
-    g = item // PARTS % WALKS
-    block = item // (PARTS * WALKS)
+    g = item // PARTS % GROUPS
+    block = item // (PARTS * GROUPS)
     qb = q_blocks - 1 - block
     slots = lists + bs * padded + qb * BLOCK_M
     rows_of = batch * PATTERNS * padded
@@ -80,7 +69,6 @@ def _soft_rows(
     used = n >= 0
     x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=used[:, None] & (d < D)[None], other=0.0)
     facts = ruled_facts(own, rule, known, PLACES, SEGMENTS)
-    turn, next_full, hop = partial + full, 0, 0
     parts = 1
     if PARTS > 1:  # short lists in fewer parts
         parts = tl.minimum(PARTS, tl.maximum(partial + full, 2) // 2)
@@ -88,12 +76,6 @@ def _soft_rows(
     stop = (part + 1) * (partial + full) // parts
     if part >= parts:
         stop = first
-    if together:  # lists of the second group stand one line behind those of the first
-        hop = batch * PATTERNS * q_blocks
-        next_full = tl.load(counts + lines + line + hop)
-        stop += next_full + tl.load(counts + line + hop)
-        hop *= k_blocks
-    listed = (all_blocks, some_blocks, start, full, turn, next_full, hop)
     copies = tl.where(block == 0, keys, 0)  # the last query block alone
     factor = tl.full([BLOCK_M], 1.0, tl.float32)
     if GAIN:
@@ -101,31 +83,19 @@ def _soft_rows(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    level = top
-    kept = tl.zeros([BLOCK_M, BLOCK_D], out.dtype.element_ty)
-    ahead = _entry(listed, first, first < stop, together, CONTIGUOUS)
-    coming = tl.zeros([BLOCK_N], tl.float32)
-    if BIAS:
-        coming = biases(shaping, (ahead & 0xFFFFFF) * BLOCK_N + tl.arange(0, BLOCK_N), scale, MAP)
+    ahead = _entry(all_blocks, some_blocks, start, first, full, first < stop, CONTIGUOUS)
+    coming = biases(shaping, ahead, keys, scale, BLOCK_N, MAP, BIAS, PADDED)
     for i in range(first, stop):
         entry, shift = ahead, coming  # the next ones are fetched a block early, so that nothing waits for them
-        ahead = _entry(listed, i + 1, i + 1 < stop, together, CONTIGUOUS)
-        if BIAS:
-            coming = biases(shaping, (ahead & 0xFFFFFF) * BLOCK_N + tl.arange(0, BLOCK_N), scale, MAP)
-        some, of, turns = i >= full, g, False
-        if together:
-            turns = i == turn
-            some, of = tl.where(i < turn, some, turns | (i >= turn + next_full)), (i >= turn).to(tl.int32)
-        top, total, acc, kept, level = step(
-            x, top, total, acc, kept, level, facts, own, n, entry, shift, some, turns, k, v, k_n, v_n, rules,
-            known, keys, shaping, scale, of, factor, copied, copies, out, o_n, D, BLOCK_D, BLOCK_M, BLOCK_N, GROUPS,
-            MAP, BIAS, COPIES, PLACES, SEGMENTS, MASKED, PRECISION,
+        ahead = _entry(all_blocks, some_blocks, start, i + 1, full, i + 1 < stop, CONTIGUOUS)
+        coming = biases(shaping, ahead, keys, scale, BLOCK_N, MAP, BIAS, PADDED)
+        top, total, acc = step(
+            x, top, total, acc, facts, own, n, entry, shift, i >= full, k, v, k_n, v_n, rules, known, keys, shaping,
+            scale, g, copied, copies, out, o_n, D, BLOCK_D, BLOCK_M, BLOCK_N, GROUPS, MAP, BIAS, COPIES, PLACES,
+            SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip
-    if together:  # if no block of the second group came, what is at hand is the first one's, and nothing is kept yet
-        mine = (stop > turn).to(tl.int32)
-        _store(kept, level, 1 - mine, bh, n, out, lse, o_g, o_n, batch, heads, rows, D, BLOCK_D, LSE)
-        g = mine
-    acc, level = result(top, total, acc, factor, scale, MAP)
+    level = tl.where(total == 0, float("-inf"), top * unit(scale, MAP) + tl.log2(total))
+    acc = acc * (factor / tl.where(total == 0, 1.0, total))[:, None]
     whole = part < parts
     if PARTS > 1:
         split = whole & (parts > 1)
@@ -163,7 +133,7 @@ def _rest_rows(
         y = tl.load(k + own[:, None].to(tl.int64) * k_n + d[None], mask=inside, other=0.0).to(tl.float32)
         s = mapped(tl.sum(x * y, 1), shaping, tl.maximum(of, 0), scale, MAP)
         if BIAS:
-            s += biases(shaping, tl.maximum(own, 0), scale, MAP)
+            s += in_units(tl.load(shaping[0] + own, mask=sees, other=0.0), scale, MAP)
         level = tl.where(sees, s * unit(scale, MAP) * 0.6931471805599453, float("-inf"))
     at = out + n[:, None].to(tl.int64) * o_n + d[None]
     for g in tl.static_range(GROUPS):
@@ -186,8 +156,8 @@ def _forward(
     map_h, map_g, gain_b, gain_h, gain_n, scale,
     batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds,
     REPEAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PATTERNS: tl.constexpr, GROUPS: tl.constexpr, WALKS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr,
-    BIAS: tl.constexpr, GAIN: tl.constexpr, LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    PATTERNS: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
+    PADDED: tl.constexpr, GAIN: tl.constexpr, LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr,
     PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)  # heads vary fastest: programs running together read the same lists
@@ -207,13 +177,13 @@ def _forward(
     factors += b.to(tl.int64) * map_b + h * map_h
     known = known_of(role, page, row, col, segment, group, mask, b, keys, rows)
     shaping = (bias, factors, map_f, map_g)
-    soft_items = soft_blocks * (PARTS * WALKS)
+    soft_items = soft_blocks * (PARTS * GROUPS)
     if item < soft_items:
         _soft_rows(
             item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied + bs.to(tl.int64) * keys,
             blocks, counts, rules, known, shaping, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads,
             rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS,
-            GROUPS, WALKS, PARTS, MAP, BIAS, GAIN, LSE, COPIES, CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
+            GROUPS, PARTS, MAP, BIAS, PADDED, GAIN, LSE, COPIES, CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip
     else:
         line = batch * PATTERNS * padded

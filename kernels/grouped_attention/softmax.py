@@ -26,10 +26,20 @@ def mapped(s, shaping, of, scale, MAP: tl.constexpr):
 
 
 @triton.jit
-def biases(shaping, key, scale, MAP: tl.constexpr):
-    """Those of `key`, which may lie behind the end by less than a block (see `padded_rows`), in units of `mapped`."""
-    found = tl.load(shaping[0] + key).to(tl.float32)
-    return found if MAP else found * (1.0 / scale)
+def in_units(bias, scale, MAP: tl.constexpr):
+    """A bias in units of the logits of `mapped`."""
+    return bias.to(tl.float32) if MAP else bias.to(tl.float32) * (1.0 / scale)
+
+
+@triton.jit
+def biases(shaping, entry, keys, scale, BLOCK_N: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
+           PADDED: tl.constexpr):  # fmt: skip
+    """Those of the key block of a list's `entry`, zeros if there are none; PADDED: rows reach to the end of a block."""
+    found = tl.zeros([BLOCK_N], tl.float32)
+    if BIAS:
+        key = (entry & 0xFFFFFF) * BLOCK_N + tl.arange(0, BLOCK_N)
+        found = in_units(tl.load(shaping[0] + (key if PADDED else tl.minimum(key, keys - 1))), scale, MAP)
+    return found
 
 
 @triton.jit
@@ -39,25 +49,14 @@ def unit(scale, MAP: tl.constexpr):
 
 
 @triton.jit
-def result(top, total, acc, factor, scale, MAP: tl.constexpr):
-    """Output, times `factor`, and log-sum-exp to the base of two of a running softmax."""
-    level = tl.where(total == 0, float("-inf"), top * unit(scale, MAP) + tl.log2(total))
-    return acc * (factor / tl.where(total == 0, 1.0, total))[:, None], level
-
-
-@triton.jit
 def step(
-    x, top, total, acc, kept, level, facts, own, n, entry, shift, some, turns, k, v, k_n, v_n, rules, known, keys,
-    shaping, scale, wanted, factor, copied, copies, out, o_n,
+    x, top, total, acc, facts, own, n, entry, shift, some, k, v, k_n, v_n, rules, known, keys, shaping, scale, wanted,
+    copied, copies, out, o_n,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
     MAP: tl.constexpr, BIAS: tl.constexpr, COPIES: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The key block of a list's `entry` in the running softmax; `some`: not all of its pairs exist.
-
-    `turns`: it is the first one of another group. What the group before gives goes to `kept` and `level`, in registers,
-    since shared memory holds the key blocks that are under way.
-    """
+    """The key block of a list's `entry`, with biases `shift`, in the running softmax; `some`: not all pairs exist."""
     d = tl.arange(0, BLOCK_D)
     key = (entry & 0xFFFFFF) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = key < keys
@@ -91,11 +90,6 @@ def step(
         if some:
             mine = tl.load(groups + key, mask=real, other=-1) == wanted
             logit = tl.where(mine[None], logit, float("-inf"))
-            if turns:  # in a branch behind the logits: before them, every block would wait for the product with values
-                done, level = result(top, total, acc, factor, scale, MAP)
-                kept = done.to(kept.dtype)
-                top = tl.full(top.shape, float("-inf"), tl.float32)  # all that is summed so far fades to nothing
-                total = tl.zeros(total.shape, tl.float32)
         some = some & ((entry >> 24 & 1) == 0)
     if some:
         ok = pairs(facts, own, key, n, rules, known, keys, PLACES, SEGMENTS, MASKED)
@@ -109,7 +103,7 @@ def step(
     acc = tl.dot(weight.to(z.dtype), z, acc * fade[:, None], input_precision=PRECISION)
     if COPIES:
         tl.store(out + to[:, None].to(tl.int64) * o_n + d[None], z, mask=(to >= 0)[:, None] & (d < D)[None])
-    return new, total, acc, kept, level
+    return new, total, acc
 
 
 @triton.jit
