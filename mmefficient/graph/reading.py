@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmefficient.attention import row_scores
-from mmefficient.graph.block import attention, block, product
+from mmefficient.graph.block import attention, block, last_block, product
 from mmefficient.graph.capture import Inputs
-from mmefficient.graph.decoding import Session
+from mmefficient.graph.decoding import Session, one_row
 from mmefficient.graph.prompt import CHANGING, Prompt
 from mmefficient.graph.rows import Score, row_block
 from mmefficient.graph.steered import BlindBlocks, Kept, tensors
 from mmefficient.masks import Segment, prefill_mask
 from mmefficient.offer import LAST
 from mmefficient.prompt import PromptState
-from mmefficient.reduction import Prefill
+from mmefficient.reduction import Prefill, gather_rows
 from mmefficient.steering import Reading
 from mmefficient.vision import Tower
 
@@ -127,12 +127,20 @@ def _read(
             prefill.hidden, held = hidden, prefill.rope or rope
         room = engine.store.rows(index, batch, slots)
         plan = executor.planned.get(index)
+        touched = score is not None or index in executor.modulated or index <= executor.blind_until
         if plan is not None and prefill is not None and prefill.has_visual:
             hidden, acted = row_block(layer, plan, prefill, hidden, *room, zero, attend, score), True
-        else:
+        elif index < len(engine.adapter.layers) - 1 or touched:
             hidden = block(layer, hidden, held, *room, zero, attend)
-    last = (hidden.shape[1] - 1 - given.fill)[:, None, None].expand(-1, 1, hidden.shape[2])
-    (logits,) = product(hidden.gather(1, last), (engine.head,), engine.adapter.decoder.norm)
+        else:  # the head wants one row of what the last layer makes
+            valid = None if segment is None else segment.valid
+            first = None if valid is None else (~valid).sum(1)
+            ends = slots - given.fill
+            alone = one_row(engine.captures.recorder is not None, ends, first, slots, ragged=True)
+            hidden = last_block(layer, hidden, held, *room, zero, alone, ends[:, None] - 1)
+    if hidden.shape[1] > 1:
+        hidden = gather_rows(hidden, (hidden.shape[1] - 1 - given.fill)[:, None])
+    (logits,) = product(hidden, (engine.head,), engine.adapter.decoder.norm)
     out = _after(prefill, groups, given.fill, given.position, whole)
     steered = {} if prefill is None else prefill.state.steered
     # a recorder does not look into a part of a change
