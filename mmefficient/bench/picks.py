@@ -36,7 +36,8 @@ class Picks:
         share a site, or whose units do not follow each other in the prompt.
         """
         sites = Counter(method.site for method in plan.methods if isinstance(method, Reducer))
-        return Plan([self._told(m, report) if _ranks(m) and sites[m.site] == 1 else m for m in plan.methods])
+        told = [self._told(m, report) if _ranks(m) and sites[m.site] == 1 else m for m in plan.methods]  # type: ignore[attr-defined]
+        return Plan(told)
 
     def _told(self, method: Any, report: Report) -> Any:
         def reduce(self_: Reducer, tokens: VisualTokens, counts: Sequence[int]) -> Selection:

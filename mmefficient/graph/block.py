@@ -113,14 +113,14 @@ def last_block(
         last: int64 [B, 1], the row; keys and values of all of them are stored.
     """
     attention = layer.self_attn
-    row, turns = gather_rows(hidden, last), [gather_rows(table.expand(len(last), -1, -1), last) for table in rope]
+    row, cos, sin = (gather_rows(each, last) for each in (hidden, *rope))
     parts = product(hidden, (attention.k_proj, attention.v_proj), layer.input_layernorm)
     key, value = (each.unflatten(-1, (-1, attention.head_dim)) for each in parts)
     rope_store(key[:, :, :0], key, value, *rope, keys, values, slots)
     (query,) = product(row, (attention.q_proj,), layer.input_layernorm)
     query = query.unflatten(-1, (-1, attention.head_dim))
     none = query[:, :, :0]
-    query = rope_store(query, none, none, *turns, keys[:, :0], values[:, :0], slots)
+    query = rope_store(query, none, none, cos, sin, keys[:, :0], values[:, :0], slots)
     mixed = attend(query, keys, values, attention.scaling).transpose(1, 2).flatten(2)
     (row,) = product(mixed, (attention.o_proj,), residual=row)
     return feed(layer, row)
