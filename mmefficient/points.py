@@ -83,6 +83,9 @@ class Reducer(Method):
     """What shares a budget, for methods without a field `scope`."""
     space: ClassVar[Literal["lm", "tower"]] = "lm"
     """Whose features `Selection.mix` mixes; tower features go through the projector afterwards."""
+    ignores_hidden: ClassVar[bool] = False
+    """Whether nothing that `VisualTokens.hidden` holds changes the decision, which mixes no features: then
+    the rows that leave need not finish the layer before."""
     class_token: ClassVar[str] = ""
     """What stands in for the tower's CLS token where there is none; empty: the method does without one everywhere."""
 

@@ -13,7 +13,6 @@ from mmefficient.kernels.decode_linear import MAX_ROWS, decode_linear
 from mmefficient.kernels.rms_norm import rms_norm
 from mmefficient.kernels.rope_store import rope_store
 from mmefficient.kernels.swiglu import swiglu
-from mmefficient.reduction import gather_rows
 from mmefficient.rows import RowLayer
 
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -95,35 +94,6 @@ def block(
         slots: int64 [B], where the first of them goes.
     """
     return feed(layer, mix(layer, hidden, rope, keys, values, slots, attend))
-
-
-def last_block(
-    layer: Any,
-    hidden: torch.Tensor,
-    rope: Rope,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    slots: torch.Tensor,
-    attend: Attend,
-    last: torch.Tensor,
-) -> torch.Tensor:
-    """What `block` makes of one row of each prompt, [B, 1, C], where nobody looks at the others.
-
-    Args:
-        last: int64 [B, 1], the row; keys and values of all of them are stored.
-    """
-    attention = layer.self_attn
-    row, cos, sin = (gather_rows(each, last) for each in (hidden, *rope))
-    parts = product(hidden, (attention.k_proj, attention.v_proj), layer.input_layernorm)
-    key, value = (each.unflatten(-1, (-1, attention.head_dim)) for each in parts)
-    rope_store(key[:, :, :0], key, value, *rope, keys, values, slots)
-    (query,) = product(row, (attention.q_proj,), layer.input_layernorm)
-    query = query.unflatten(-1, (-1, attention.head_dim))
-    none = query[:, :, :0]
-    query = rope_store(query, none, none, cos, sin, keys[:, :0], values[:, :0], slots)
-    mixed = attend(query, keys, values, attention.scaling).transpose(1, 2).flatten(2)
-    (row,) = product(mixed, (attention.o_proj,), residual=row)
-    return feed(layer, row)
 
 
 def mix(

@@ -88,7 +88,7 @@ def _attend(engine: Engine, session: Session, group: int, lengths: torch.Tensor,
 
 
 def one_row(recorded: bool, lengths: torch.Tensor, starts: torch.Tensor | None, longest: int, ragged: bool) -> Attend:
-    """Attention of one row of each prompt, with the keys in front of place `lengths` [B], from `starts` [B] on if given.
+    """Attention of one row of each prompt, to keys in front of place `lengths` [B], from `starts` [B] on if given.
 
     Args:
         longest: no length is larger; ragged: they differ, or there are starts. Recorded programs need neither.

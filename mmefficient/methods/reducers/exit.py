@@ -20,6 +20,7 @@ class Exit(Reducer):
     name: ClassVar[str] = "exit"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.05803"
     summary: ClassVar[str] = "all visual tokens leave at the input of a layer (VTW)"
+    ignores_hidden: ClassVar[bool] = True
     shared_by: ClassVar[Scope] = "prompt"
 
     layer: int | Literal["auto"] = field(

@@ -19,6 +19,7 @@ class FastV(Reducer):
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.06764"
     summary: ClassVar[str] = "keep the visual tokens that the last prompt token attends to most in an early layer"
+    ignores_hidden: ClassVar[bool] = True
     many_turns: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"last_row_attention"})
 

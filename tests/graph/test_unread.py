@@ -1,4 +1,4 @@
-"""What nobody reads is not computed: tower layers behind the projector's, rows of the last decoder layer."""
+"""What nobody reads is not computed: tower layers behind the projector's, rows of decoder layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmefficient.graph import block, release
+from mmefficient.graph import block, release, some_rows
 from mmefficient.models import adapter_for
 from mmefficient.plan import Plan
 from tests import tiny
@@ -16,11 +16,12 @@ from tests import tiny
 def generate(model: Any, plan: str, engine: Any, **options: Any) -> tuple[torch.Tensor, int]:
     """Ids of one call, and how often the last tower layer ran in it."""
     runs: list[int] = []
+    batch = tiny.collate("llava", [tiny.prompt("llava", 1, 3, 6), tiny.prompt("llava", 1, 5, 2)])
     last = adapter_for(model).tower_layers()[0][-1]
     handle = last.mlp.register_forward_hook(lambda *_: runs.append(1))
     try:
         with Plan(plan).apply(model, engine=engine):
-            ids = model.generate(**tiny.ragged_batch("llava"), max_new_tokens=3, do_sample=False, **options)
+            ids = model.generate(**batch, max_new_tokens=3, do_sample=False, **options)
     finally:
         handle.remove()
         release(model)
@@ -53,12 +54,20 @@ def test_what_somebody_put_in_place_of_a_tower_layer_runs() -> None:
     assert generate(model, "none", "auto")[1] == 1
 
 
-@pytest.mark.parametrize("plan", ["none", "fastv(layer=1,keep=0.5)", "shortv(layers=(1,))"])
-def test_the_last_decoder_layer_makes_one_row(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
+@pytest.mark.parametrize(
+    ("plan", "rows"),
+    [
+        ("none", [26, 26, 26, 1]),
+        ("fastv(layer=1,keep=0.25)", [14, 14, 14, 1]),  # its scores are the first layer's, whose other rows nobody sees
+        ("fastv(layer=3,keep=0.25)", [26, 26, 14, 1]),
+        ("exit(layer=2)", [26, 10, 10, 1]),
+        ("pyramiddrop(shares=(0.6,0.4,0.2))", [26, 20, 16, 1]),  # looks at hidden states
+    ],
+)
+def test_rows_that_nobody_reads_are_not_made(plan: str, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
     feed = block.feed
-    monkeypatch.setattr(block, "feed", lambda layer, hidden: rows.append(hidden.shape[1]) or feed(layer, hidden))
+    for module in (block, some_rows):
+        monkeypatch.setattr(module, "feed", lambda layer, hidden: found.append(hidden.shape[1]) or feed(layer, hidden))
     generate(tiny.build("llava"), plan, "auto")
-    first, last = rows[0], rows[len(rows) - 2 * tiny.LAYERS - 1]  # two steps follow the prompt
-    assert first > 1
-    assert last == 1
+    assert found[: tiny.LAYERS] == rows
