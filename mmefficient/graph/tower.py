@@ -1,12 +1,13 @@
-"""Layers of a vision tower that nobody reads."""
+"""What a vision tower may leave out where nobody wants more of it than the projector's output."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.activations import QuickGELUActivation
 
 from mmefficient.errors import ModelError
 
@@ -15,38 +16,48 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def read_layers_only(watcher: Watcher, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Run no tower layer behind the last one that is read, by the projector or by `watcher`.
+def lean_tower(watcher: Watcher, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Run no tower layer behind the last one that is read, by the projector or by `watcher`, and reuse memory.
 
-    Such layers hand on what they are given, so their places in the tower's outputs stay. Only for callers that want
-    nothing but the projector's output.
+    Layers that do not run hand on what they are given, so their places in the tower's outputs stay. The projector's
+    output is the same to the bit. Where somebody has put another forward, it runs.
 
     Args:
         arguments: of the encoder; one that chooses layers itself gets all of them.
     """
-    unread = [] if arguments.get("vision_feature_layer") is not None else _unread(watcher)
-    for layer in unread:
-        layer.__dict__["forward"] = _hand_on
+    instead = dict(_instead(watcher, arguments))
+    if any("forward" in vars(module) for module in instead):
+        instead = {}
+    for module, forward in instead.items():
+        module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for layer in unread:
-            del layer.__dict__["forward"]
+        for module in instead:
+            del module.__dict__["forward"]
 
 
-def _unread(watcher: Watcher) -> list[Any]:
+def _instead(watcher: Watcher, arguments: Mapping[str, Any]) -> Iterator[tuple[torch.nn.Module, Callable[..., Any]]]:
+    # a matcher looks at the tower itself
+    if watcher.matchers or arguments.get("vision_feature_layer") is not None:
+        return
     try:
         layers, deepest = watcher.adapter.tower_layers()
     except ModelError:  # no such tower, or the projector reads several layers
-        return []
+        return
     watched = set(map(id, watcher.attentions.values()))
     for index, layer in enumerate(layers):
         if not watched.isdisjoint(map(id, layer.children())):
             deepest = max(deepest, index)
-    unread = list(layers[deepest + 1 :])
-    # a matcher looks at the tower itself; and what somebody else has put in a layer's place is theirs
-    return [] if watcher.matchers or any("forward" in vars(layer) for layer in unread) else unread
+    for layer in layers[: deepest + 1]:
+        yield from ((each, _quick_gelu) for each in layer.modules() if type(each) is QuickGELUActivation)
+    yield from ((layer, _hand_on) for layer in layers[deepest + 1 :])
 
 
 def _hand_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return hidden_states
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(1.702 x) in one piece of memory instead of three."""
+    return (1.702 * x).sigmoid_().mul_(x)
