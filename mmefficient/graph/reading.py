@@ -25,8 +25,10 @@ from mmefficient.steering import Reading
 from mmefficient.vision import Tower
 
 if TYPE_CHECKING:
+    from mmefficient.blind import Blind
     from mmefficient.executor import Executor
     from mmefficient.graph.engine import Engine
+    from mmefficient.modulation import Modulation
 
 TOWER = "tower "
 
@@ -130,7 +132,7 @@ def _read(
             prefill.hidden, held = hidden, prefill.rope or rope
         room = engine.store.rows(index, batch, slots)
         plan = executor.planned.get(index)
-        untouched = index not in executor.modulated and index > executor.blind_until
+        untouched = not any(_steering(index, executor, prefill))
         if plan is not None and prefill is not None and prefill.has_visual:
             hidden, acted = row_block(layer, plan, prefill, hidden, *room, zero, attend, score), True
         elif prefill is not None and prefill.has_visual and untouched and leaves_within(coming):
@@ -176,8 +178,7 @@ def _attend(
     """Attention of layer `index`, [B, Hq, N, D]."""
     if score is not None:
         score(query, keys, scale)
-    methods = executor.modulated.get(index, ()) if prefill is not None and prefill.has_visual else ()
-    blind = None if prefill is None or index > executor.blind_until else prefill.blind
+    methods, blind = _steering(index, executor, prefill)
     if prefill is None or (blind is None and not methods):
         return attention(query, keys, values, mask, mask is None, scale)
 
@@ -186,6 +187,14 @@ def _attend(
 
     beside = None if blind is None else partial(blind.advance, executor.adapter.layers, index)
     return Reading(index, query, keys, values, prefill, scale).attend(methods, stock, beside).transpose(1, 2)
+
+
+def _steering(index: int, executor: Executor, prefill: Prefill | None) -> tuple[Sequence[Modulation], Blind | None]:
+    """What changes the attention of layer `index`: methods, and the prompt without image that is read beside it."""
+    if prefill is None:
+        return (), None
+    methods = executor.modulated.get(index, ()) if prefill.has_visual else ()
+    return methods, None if index > executor.blind_until else prefill.blind
 
 
 def _score(prefill: Prefill, mask: torch.Tensor | None, query: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
