@@ -209,7 +209,7 @@ def test_the_examples_in_help_and_documentation_are_valid_commands(run: Any, mon
     monkeypatch.setattr("mmefficient.vlm.VLM.from_pretrained", stand_in)
     monkeypatch.setattr("mmefficient.evaluation.run_eval", stand_in)
     monkeypatch.setattr("mmefficient.bench.result.Target.open", stand_in)
-    monkeypatch.setattr("mmefficient.bench.cli._need_gpu", stand_in)
+    monkeypatch.setattr("mmefficient.bench.cli.need_gpu", stand_in)
     monkeypatch.setattr("mmefficient.images.load_image", lambda path: path)
     texts = [command.epilog or "" for command in cli.app.registered_commands]
     texts += [document.read_text() for document in documents]
