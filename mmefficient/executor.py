@@ -34,7 +34,7 @@ from mmefficient.rows import LayerPlan, RowLayer
 from mmefficient.run import Run
 from mmefficient.tokens import TokenMap, build
 from mmefficient.view import Sight, Stream, View, matches, repeated, rows_of
-from mmefficient.vision import Vision, Watcher
+from mmefficient.vision import SEEN, Vision, Watcher
 
 if TYPE_CHECKING:
     from mmefficient.models.base import Adapter
@@ -265,18 +265,21 @@ class Executor:
         for kind in call.kinds:
             if kwargs.get(PIXELS[kind]) is not None:
                 continue
-            output = encoded.get(kind)
-            if output is not None and kind not in given:
-                raise InputError(f"the {kind}s were encoded outside the plan; pass pixel values instead.")
-            vision = given[kind] if output is not None else Vision([], [])
+            output, vision = encoded.get(kind), Vision([], [])
             if output is not None:
+                known = given.get(kind) or getattr(output, SEEN, None)
+                if known is None:
+                    raise InputError(f"the {kind}s were encoded outside the plan; pass pixel values instead.")
+                vision = known
                 call.repeats[kind] = max(1, len(output.pooler_output) // max(1, len(vision.layouts)))
             call.receive(kind, vision)
         self.watcher.expect(call.receive)
 
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """The call is over, well or badly."""
-        call: Call | None = kwargs.get(KEY)
+        call = kwargs.get(KEY)
+        if not isinstance(call, Call):  # `on_base` has raised, or the call continues a prompt without the plan
+            call = None
         if call is None or call.new:  # decoding steps encode nothing, and may be compiled
             self.watcher.settle()
             self.watcher.take()
