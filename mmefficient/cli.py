@@ -121,10 +121,12 @@ def show(
     picture = load_image(_picture(image))
     _drawable(out)
     from mmefficient.draw import kept_tokens
+    from mmefficient.plan import Plan
     from mmefficient.vlm import VLM
 
+    plans = [Plan(each) for each in plan]
     vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
-    answers = [vlm.ask(picture, question, plan=each, max_new_tokens=max_new_tokens) for each in plan]
+    answers = [vlm.ask(picture, question, plan=each, max_new_tokens=max_new_tokens) for each in plans]
     drawn = kept_tokens(picture, [(answer.report, answer.text) for answer in answers])
     _draw(drawn, out)
 
