@@ -9,8 +9,6 @@ from mmefficient.kernels.grouped_attention.pattern import Pattern as Pairs
 from mmefficient.kernels.grouped_attention.pattern import no_visual_self_attention
 from mmefficient.points import Layers, Pattern, about
 
-SCOPES = ("self", "nothing", "text")
-
 
 @dataclass(frozen=True)
 class NoVisualSelf(Pattern):
