@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 
 from mmefficient.budgets import Unit
 
@@ -95,12 +96,41 @@ class MatchTokens:
         texts: float32 [U, C, E], not normalised: the question in as many pieces as the matcher reads it in.
         valid: bool [U, C]; False where a question has fewer pieces than others.
         inverted: small products mean a good match (see `matchers.Matcher`).
+        words: the pieces are single words, most of which name nothing that can be seen.
     """
 
     patches: torch.Tensor
     texts: torch.Tensor
     valid: torch.Tensor
     inverted: bool
+    words: bool = False
+
+    @classmethod
+    def embedded(cls, patches: torch.Tensor, words: torch.Tensor, valid: torch.Tensor) -> MatchTokens:
+        """In the language model's input space: word by word, and patches count alike, for their lengths differ there.
+
+        Args:
+            patches: [U, N, D]; words: [U, C, D]; valid: bool [U, C], which of the words there are.
+        """
+        return cls(F.normalize(patches.float(), dim=-1), words.float(), valid, inverted=False, words=True)
+
+    def relevance(self, lengths: bool = False) -> torch.Tensor:
+        """float32 [U, N]: how well every patch goes with the question.
+
+        It is the mean of its cosines with the pieces, negated where the matcher is inverted; with words the largest: a
+        patch shows what one word names, and what resembles all words a little is background (docs/matchers.md).
+
+        Args:
+            lengths: patches count with the length they have: products with pieces of length 1.
+        """
+        patches = self.patches if lengths else F.normalize(self.patches, dim=-1)
+        products = patches @ F.normalize(self.texts, dim=-1).transpose(1, 2)
+        signed = -products if self.inverted else products
+        if self.words:
+            best = signed.masked_fill(~self.valid[:, None], float("-inf")).amax(2)
+            return best.masked_fill(~self.valid.any(1, keepdim=True), 0.0)
+        mean = signed.masked_fill(~self.valid[:, None], 0.0).sum(2)
+        return mean / self.valid.sum(1, keepdim=True).clamp(min=1)
 
 
 @dataclass(frozen=True)

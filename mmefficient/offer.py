@@ -120,8 +120,7 @@ class Offer:
         if name == EMBEDDINGS:
             question = self.question()
             patches = self.hidden[self.rows, self.index]
-            # as in CLIP, what resembles a whole text is background: see docs/matchers.md for what was measured
-            return MatchTokens(patches.float(), question.hidden.float(), question.valid, inverted=True)
+            return MatchTokens.embedded(patches, question.hidden, question.valid)
         assert self.prefill.tower is not None
         found = self.prefill.tower.matched[name]
         texts, used = parts.texts(name, self.hidden.device)

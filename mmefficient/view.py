@@ -246,6 +246,7 @@ def matches(
         ModelError: the pictures do not have equally many patches.
     """
     rows = rows_of(tokens, repeats)
+    embedded = patches is None or texts is None
     if patches is None or texts is None:
         patches = embeds[::repeats][tokens.visual[::repeats].to(embeds.device)]
         most = int(asks.sum(1).max())
@@ -254,7 +255,10 @@ def matches(
         texts = words, asks.to(embeds.device).gather(1, place)
     if len(patches) % len(rows):
         raise ModelError("the pictures differ in how many patches they have; give the view pictures of one size.")
-    return MatchTokens(patches.float().unflatten(0, (len(rows), -1)), texts[0][rows].float(), texts[1][rows], inverted)
+    patches, pieces, valid = patches.unflatten(0, (len(rows), -1)), texts[0][rows], texts[1][rows]
+    if embedded:
+        return MatchTokens.embedded(patches, pieces, valid)
+    return MatchTokens(patches.float(), pieces.float(), valid, inverted)
 
 
 def repeated(pictures: Mapping[str, Any], rows: int, repeats: int) -> dict[str, Any]:

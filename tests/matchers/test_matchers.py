@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from mmefficient import matchers
 from mmefficient.errors import ModelError, PlanError
 from mmefficient.matchers.base import Seen, pieces
 from mmefficient.matchers.pair import ClipPair
+from mmefficient.methods.reducers.cdpruner import CDPruner
 from mmefficient.models.base import PIXELS
+from mmefficient.models.reference.scenes import splits
 from mmefficient.plan import Plan
+from mmefficient.points import MatchTokens
 from mmefficient.vlm import VLM
 from tests import tiny
 from tests.executor.oracle import logits
@@ -186,3 +190,29 @@ def test_a_saved_pair_is_found(tmp_path: Path) -> None:
     assert isinstance(matchers.load(str(tmp_path)), ClipPair)
     with pytest.raises(ModelError, match="no CLIP checkpoint"):
         matchers.load(str(tmp_path / "nowhere"))
+
+
+def ranks(values: torch.Tensor, marked: torch.Tensor) -> float:
+    """The share of pairs (marked, other) in which the marked one has the larger value."""
+    return float((values[marked][:, None] > values[~marked]).float().mean())
+
+
+def test_embeddings_find_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Word by word patches of the object a question names come first; by the mean over words they come last."""
+    given: list[MatchTokens] = []
+    stock = CDPruner.reduce
+    monkeypatch.setattr(CDPruner, "reduce", lambda self, seen, n: given.append(seen.match) or stock(self, seen, n))
+    vlm = VLM.from_pretrained("reference", device="cpu", plan="cdpruner(keep=64,matcher=embeddings)")
+    by_word, by_mean = [], []
+    for question in splits.load("val", kinds=["position"], limit=6):
+        [thing] = [thing for thing in question.scene.things if f"the {thing.name}?" in question.text]
+        vlm.ask(question.image(), question.text, max_new_tokens=1)
+        found = given[-1]
+        side = math.isqrt(found.patches.shape[1])
+        centre = (torch.arange(side) + 0.5) * 336 / side
+        inside = ((centre - thing.y - thing.h / 2).abs() < thing.h / 2)[:, None]
+        inside = inside & ((centre - thing.x - thing.w / 2).abs() < thing.w / 2)
+        by_word.append(ranks(found.relevance()[0], inside.flatten()))
+        by_mean.append(ranks(replace(found, words=False).relevance()[0], inside.flatten()))
+    assert sum(by_word) / 6 > 0.75
+    assert sum(by_mean) / 6 < 0.5
