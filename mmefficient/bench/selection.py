@@ -29,6 +29,7 @@ from mmefficient.loading import resolve_device
 from mmefficient.plan import Plan
 from mmefficient.points import LayerTokens, MatchTokens, Reducer, TowerTokens, Unit, VisualTokens
 
+WORDS = 12  # of the question, for methods that look at it
 CASES = ((1, 576), (5, 576), (1, 2880))
 """Units and patches per unit; a ninth of them stays."""
 
@@ -106,7 +107,7 @@ def random_tokens(units: int, items: int, width: int, tower_width: int, device: 
         everything,
         torch.ones(units, items, device=device),
         tower=tower,
-        match=MatchTokens(draw(units, items, 768), draw(units, 1, 768), everything[:, :1], inverted=True),
+        match=MatchTokens.embedded(hidden, draw(units, WORDS, width), everything[:, :WORDS]),
     )
 
 
