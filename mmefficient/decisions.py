@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from mmefficient.budgets import Unit
+from mmefficient.matchers.base import WORDS
 
 
 @dataclass(frozen=True)
@@ -106,19 +107,24 @@ class MatchTokens:
     words: bool = False
 
     @classmethod
-    def embedded(cls, patches: torch.Tensor, words: torch.Tensor, valid: torch.Tensor) -> MatchTokens:
-        """In the language model's input space: word by word, and patches count alike, for their lengths differ there.
+    def embedded(cls, matcher: str, patches: torch.Tensor, words: torch.Tensor, valid: torch.Tensor) -> MatchTokens:
+        """Tokens at the language model's input, as one of `matchers.OWN` compares them (docs/matchers.md).
+
+        "words": one by one, patches with length 1, for their lengths say nothing there. "embeddings": the mean over all
+        words, inverted as CLIP's is: what resembles a whole question a little is background.
 
         Args:
             patches: [U, N, D]; words: [U, C, D]; valid: bool [U, C], which of the words there are.
         """
-        return cls(F.normalize(patches.float(), dim=-1), words.float(), valid, inverted=False, words=True)
+        if matcher == WORDS:
+            return cls(F.normalize(patches.float(), dim=-1), words.float(), valid, inverted=False, words=True)
+        return cls(patches.float(), words.float(), valid, inverted=True)
 
     def relevance(self, lengths: bool = False) -> torch.Tensor:
         """float32 [U, N]: how well every patch goes with the question.
 
-        It is the mean of its cosines with the pieces, negated where the matcher is inverted; with words the largest: a
-        patch shows what one word names, and what resembles all words a little is background (docs/matchers.md).
+        It is the mean of its cosines with the pieces, negated where the matcher is inverted; with words the largest,
+        for a patch shows what one word names.
 
         Args:
             lengths: patches count with the length they have: products with pieces of length 1.

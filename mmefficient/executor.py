@@ -22,7 +22,7 @@ from mmefficient.cache import fit_layer, stored_rows
 from mmefficient.call import Call
 from mmefficient.errors import InputError, ModelError, PlanError
 from mmefficient.masks import decode_mask, prefill_mask
-from mmefficient.matchers import EMBEDDINGS, load_looker
+from mmefficient.matchers import OWN, WORDS, load_looker
 from mmefficient.modulation import Modulation, by_layer
 from mmefficient.offer import Parts, Rope
 from mmefficient.points import LayerMethod, Method, Reducer, Scope
@@ -341,7 +341,7 @@ class Executor:
         """The pictures that the second stream reads, one per row of the batch."""
         assert self.stream is not None
         view, vision, repeats = self.stream.view, call.vision["image"], call.repeats.get("image", 1)
-        name: str = getattr(view, "matcher", EMBEDDINGS)
+        name: str = getattr(view, "matcher", WORDS)
         pixels, facts = vision.given["pixel_values"], dict[str, Any]()
         if view.needs & {"match", "look"}:
             mean, std = self.adapter.pixel_statistics()
@@ -350,13 +350,12 @@ class Executor:
             asked = [call.words[row] for row in rows_of(tokens, repeats)]
             facts["look"] = load_looker(name).look(pixels, mean, std, asked)
         if "match" in view.needs:
-            tower, texts, inverted = None, None, False
-            if name != EMBEDDINGS:
+            found = None
+            if name not in OWN:
                 assert vision.tower is not None
-                tower, inverted = vision.tower.matched[name], self.watcher.matchers[name].inverted
-                texts = self._texts(call, name, tower.device)
-            asks = question_at(tokens, call.drafts)
-            facts["match"] = matches(tokens, embeds, asks, repeats, tower, texts, inverted)
+                patches = vision.tower.matched[name]
+                found = patches, self._texts(call, name, patches.device), self.watcher.matchers[name].inverted
+            facts["match"] = matches(tokens, embeds, question_at(tokens, call.drafts), repeats, name, found)
         varied = {**vision.given, "pixel_values": view.pictures(Sight(pixels, **facts))}
         return repeated(varied, len(embeds), repeats)
 

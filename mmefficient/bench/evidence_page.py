@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 NOT_BETTER = "≯ random"
 MARK = "does not beat random"
+MARKERS = "o^DvP"
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -97,14 +98,18 @@ def _range(entry: Mapping[str, float]) -> str:
 
 
 def series(plan: str) -> str:
-    """What plans that differ in their budget alone have in common: names, layers, positions and what is recycled."""
+    """What plans that differ in their budget alone share: names, layers, matchers, positions and what is recycled."""
     found = []
     for method in plan.split("+"):
         name, _, fields = method.partition("(")
-        shown = [each for each in ("layer", "recycle", "positions") if (name, each) != ("exit", "layer")]
+        shown = [each for each in ("layer", "recycle", "matcher", "positions") if (name, each) != ("exit", "layer")]
         told = re.findall(rf"\b(?:{'|'.join(shown)})=[^,)]+", fields)
         found.append(f"{name}({','.join(told)})" if told else name)
     return "+".join(found)
+
+
+def _apart(label: str) -> str:
+    return re.sub(r"[(,]positions=\w+", "", label).strip("()")
 
 
 def figure(result: Mapping[str, Any]) -> Figure:
@@ -129,6 +134,10 @@ def figure(result: Mapping[str, Any]) -> Figure:
         lines.setdefault(series(row["plan"]), []).append(row)
     names = list(dict.fromkeys(label.partition("(")[0] for label in lines))
     colours = {name: colormaps["tab20"](index % 20) for index, name in enumerate(names)}
+    kinds: dict[str, list[str]] = {}  # of one name, wherever their positions are
+    for label in lines:
+        known = kinds.setdefault(label.partition("(")[0], [])
+        known += [kind for kind in [_apart(label)] if kind not in known]
     for axis, (title, cost) in zip(axes, panels.items(), strict=True):
         for label, chosen in lines.items():
             name = label.partition("(")[0]
@@ -141,7 +150,8 @@ def figure(result: Mapping[str, Any]) -> Figure:
                 "ls": ":" if "positions=keep" in label else "-",
                 "ms": 4,
             }
-            look |= {"marker": "s" if blind else "o", "lw": 2.2 if name == "random" else 1.1}
+            marker = "s" if blind else MARKERS[kinds[name].index(_apart(label)) % len(MARKERS)]
+            look |= {"marker": marker, "lw": 2.2 if name == "random" else 1.1}
             axis.plot(*zip(*points, strict=True), label=label, **look)
         axis.axhline(100 * rows[0]["kinds"][main]["value"], color="#888888", lw=0.8, ls="--")
         axis.set_xlabel(title)

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from mmefficient.errors import BudgetError, PlanError
+from mmefficient.matchers import OWN
 from mmefficient.merging import match, schedule
 from mmefficient.methods.reducers.cdpruner import CDPruner
 from mmefficient.methods.reducers.dart import Dart
@@ -153,15 +154,15 @@ def test_hiprune_reads_the_ninth_of_24_layers() -> None:
         HiPrune(alpha=2)
 
 
-SPACES = ("inverted", "plain", "words")
+SPACES = ("inverted", "plain", *sorted(OWN))
 
 
 def with_match(given: VisualTokens, pieces: Sequence[int], space: str = "inverted") -> VisualTokens:
     """Random patches and questions of `pieces` pieces each."""
     valid = torch.arange(max(pieces)) < torch.tensor(pieces)[:, None]
     patches, texts = torch.randn(*given.valid.shape, 9) + 1, torch.randn(len(pieces), max(pieces), 9)
-    if space == "words":
-        return replace(given, match=MatchTokens.embedded(patches.bfloat16(), texts, valid))
+    if space in OWN:
+        return replace(given, match=MatchTokens.embedded(space, patches.bfloat16(), texts, valid))
     return replace(given, match=MatchTokens(patches, texts, valid, space == "inverted"))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from mmefficient.errors import ModelError, PlanError
-from mmefficient.matchers import BLIP, EMBEDDINGS
+from mmefficient.matchers import BLIP, WORDS
 from mmefficient.methods.views.vcd import check_share, plausible
 from mmefficient.points import about
 from mmefficient.view import Sight, View
@@ -32,9 +32,7 @@ class AGLA(View):
         default="auto",
         metadata=about("share of the pixels that stay; auto = by how well BLIP says the question fits, else 0.6"),
     )
-    matcher: str = field(
-        default=EMBEDDINGS, metadata=about("what compares patches with the question: see docs/matchers.md")
-    )
+    matcher: str = field(default=WORDS, metadata=about("what compares patches with the question: see docs/matchers.md"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
