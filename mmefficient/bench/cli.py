@@ -184,9 +184,11 @@ def load(
 def hallucination(
     out: Annotated[Path, typer.Option(help="Folder for the reports and the answers so far.")],
     model: Annotated[str, typer.Option(help="reference, reference-biased, a folder or a hub id.")] = "reference-biased",
-    only: Annotated[list[str] | None, typer.Option(help="A method to try; repeat for more.")] = None,
-    trial: Annotated[int, typer.Option(min=2, help="Validation questions to choose strengths on.")] = 600,
-    limit: Annotated[int | None, typer.Option(min=6, help="Test questions of all kinds together.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A method, without reducers; repeat for more.")] = None,
+    trial: Annotated[int, typer.Option(min=2, help="Validation questions to choose strengths on.")] = 1300,
+    limit: Annotated[int | None, typer.Option(min=6, help="Questions of all kinds together.")] = None,
+    split: Annotated[str, typer.Option(help="test, or confirm: unused questions, to confirm a choice.")] = "test",
+    clock: Annotated[str, typer.Option(help="Model to time them on, as llava-1.5-7b; none = no times.")] = "none",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto is the checkpoint's own, and float32 on a CPU.")] = "auto",
 ) -> None:
@@ -194,7 +196,7 @@ def hallucination(
     from mmefficient.bench.hallucination import run, table, write
     from mmefficient.evaluation.processes import Processes
 
-    result = run(model, out, only or [], trial=trial, limit=limit, device=device, dtype=dtype)
+    result = run(model, out, only or [], trial=trial, limit=limit, split=split, clock=clock, device=device, dtype=dtype)
     if Processes.current().rank == 0:
         write(result, out)
         print(table(result))

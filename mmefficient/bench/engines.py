@@ -69,10 +69,10 @@ def choose(names: Sequence[str] | None, device: torch.device) -> list[Engine]:
 
 
 class Runner:
-    """An engine with a plan on a model; `generate` is what gets timed."""
+    """An engine with a plan on a model; `generate` is what gets timed. The tokenizer is for plans that read words."""
 
-    def __init__(self, model: Any, engine: Engine, plan: Plan) -> None:
-        self.model, self.engine, self.plan = model, engine, plan
+    def __init__(self, model: Any, engine: Engine, plan: Plan, tokenizer: Any = None) -> None:
+        self.model, self.engine, self.plan, self.tokenizer = model, engine, plan, tokenizer
         self._compiled: Any = None
         self._caches: dict[tuple[int, int], StaticCache] = {}
 
@@ -81,7 +81,9 @@ class Runner:
 
     def attached(self) -> AbstractContextManager[Any]:
         """The plan on the model; gives None for a stock engine."""
-        return self.plan.apply(self.model, **self.engine.apply) if self.engine.ours else nullcontext()
+        if not self.engine.ours:
+            return nullcontext()
+        return self.plan.apply(self.model, tokenizer=self.tokenizer, **self.engine.apply)
 
     def generate(self, inputs: Mapping[str, torch.Tensor], tokens: int, **options: Any) -> torch.Tensor:
         """int64 [B, tokens]: the greedy continuation of `inputs`, without the prompt."""

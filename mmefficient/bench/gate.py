@@ -75,7 +75,9 @@ def verdicts(runners: list[Runner], inputs: Mapping[str, torch.Tensor], tokens: 
     for runner in runners:
         trusted = ATTACHED if runner.plan else STOCK
         try:
-            found[runner] = compare(runner, Runner(runner.model, trusted, runner.plan), inputs, tokens)
+            found[runner] = compare(
+                runner, Runner(runner.model, trusted, runner.plan, runner.tokenizer), inputs, tokens
+            )
         except Exception as error:
             found[runner] = error
     return found

@@ -1,4 +1,4 @@
-"""What methods do to hallucination: strengths are chosen on validation, everything is reported on test.
+"""What methods do to hallucination: strengths are chosen on validation, everything is reported on another split.
 
     python -m mmefficient.bench hallucination --model reference-biased --out DIR
 
@@ -18,18 +18,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmefficient.bench.hallucination_clock import added, measure, timed
 from mmefficient.bench.result import command
 from mmefficient.errors import MMEfficientError
+from mmefficient.evaluation.metrics.pope import COUNTS
 from mmefficient.evaluation.processes import Processes
 from mmefficient.evaluation.runner import run_eval
 from mmefficient.evaluation.tasks.hallucination import task
+from mmefficient.modulation import Modulation
 from mmefficient.plan import Plan
 from mmefficient.vlm import VLM
 
 STRENGTHS: dict[str, tuple[str, ...]] = {
-    "lift": tuple(f"lift(gain={g})" for g in (1.2, 1.5, 1.75, 2.0)),
+    "lift": tuple(f"lift(gain={g})" for g in (1.1, 1.2, 1.3, 1.5, 1.75, 2.0)),
     "vhr": (
-        *(f"vhr(alpha={a},only={layers})" for layers in ("(0,)", "(0,1)") for a in (1.25, 1.4)),
+        *(f"vhr(alpha={a},only={layers})" for layers in ("(0,)", "(0,1)") for a in (1.1, 1.25, 1.4)),
         "vhr(alpha=1.5)",
         "vhr(alpha=2.0)",
     ),
@@ -70,20 +73,25 @@ def run(
     out: Path,
     only: Sequence[str] = (),
     *,
-    trial: int = 600,
+    trial: int = 1300,
     limit: int | None = None,
+    split: str = "test",
+    clock: str = "none",
     device: str,
     dtype: str,
 ) -> dict[str, Any]:
     """Choose strengths and measure; both runs are resumable in `out`.
 
     Args:
-        only: the methods; all by default.
-        trial: validation questions, spread over both counterfactual kinds; limit: test questions of all kinds together.
+        only: the methods, without reducers; all of both by default.
+        trial: validation questions, spread over both counterfactual kinds; limit: questions of all kinds together.
+        split: "test", or "confirm" for what was decided after a look at that.
+        clock: model to time the plans on, alone on its device, such as "llava-1.5-7b"; "none": no times.
 
     Returns:
         {"chosen": {method: plan}, "feasible": {method: bool}, "broken": plans whose validation captions came apart,
-        "left_out": {method: why}, "validation", "test"}: the last two are reports of `run_eval`.
+        "left_out": {method: why}, "validation", "test", "clock"}: reports of `run_eval`, "test" of `split`, and
+        of `hallucination_clock.measure`.
     """
     world = Processes.current()
     vlm = VLM.from_pretrained(model, device=world.device or device, dtype=dtype)
@@ -114,11 +122,22 @@ def run(
     for name in names:
         tried = {plan: entries[str(Plan(plan))] for plan in STRENGTHS[name]}
         chosen[name], feasible[name] = choose(entries["none"], tried)
-    best = min(chosen, key=lambda name: (not feasible[name], value(entries[str(Plan(chosen[name]))], "chair_s")))
+    best = min(
+        chosen,
+        key=lambda name: (
+            not feasible[name],
+            not isinstance(Plan(chosen[name]).methods[0], Modulation),  # views read the picture twice
+            value(entries[str(Plan(chosen[name]))], "chair_s"),
+        ),
+    )
     combined = [*REDUCERS, *(f"{reducer}+{chosen[best]}" for reducer in REDUCERS)]
     others = [plan for name, plan in chosen.items() if name != best]
-    plans = [chosen[best], *combined, *others]  # what matters most first, should time run out
-    test = run_eval(task("test"), plans, vlm, limit=limit, out=out / "test", **options)
+    plans = [chosen[best], *([] if only else combined), *others]  # what matters most first, should time run out
+    test = run_eval(task(split), plans, vlm, limit=limit, out=out / split, **options)
+    times = None
+    if clock != "none" and world.rank == 0:
+        del vlm
+        times = measure(plans, clock, out / "clock.json", device=world.device or device, dtype=dtype)
     return {
         "command": command(),
         "chosen": chosen,
@@ -127,6 +146,7 @@ def run(
         "left_out": left_out,
         "validation": first,
         "test": test,
+        "clock": times,
     }
 
 
@@ -161,11 +181,11 @@ def choose(base: Entry, tried: Mapping[str, Entry]) -> tuple[str, bool]:
 def table(result: Mapping[str, Any]) -> str:
     """Test scores as a Markdown table: percent, with paired 95 % intervals of the differences to no plan.
 
-    Milliseconds are there if one process ran alone.
+    With a clock also milliseconds per token over no plan, in a batch of one.
     """
-    alone = result["test"]["settings"]["processes"] == 1
-    lines = ["| plan | " + " | ".join(title for _, title in COLUMNS) + (" | decode ms |" if alone else " |")]
-    lines.append("|---|" + "---:|" * (len(COLUMNS) + alone))
+    over = added(result["clock"]["rows"]) if result.get("clock") else {}
+    titles = [*(title for _, title in COLUMNS), "TP/FP/TN/FN", *(["ms per token"] if over else [])]
+    lines = [f"| plan | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
     loose = {str(Plan(result["chosen"][name])) for name, good in result["feasible"].items() if not good}
     for entry in result["test"]["plans"]:
         cells = []
@@ -179,8 +199,10 @@ def table(result: Mapping[str, Any]) -> str:
             if change and change["low"] is not None:
                 cell += f" ({scale * change['low']:+.{digits}f} to {scale * change['high']:+.{digits}f})"
             cells.append(cell)
-        if alone:
-            cells.append(f"{entry['ms_per_question']['decode']:.2f}")
+        counts = (entry["metrics"].get(f"{EXISTENCE}/{name}") for name in COUNTS)
+        cells.append("/".join(f"{count['value']:.0f}" for count in counts if count))
+        if over:
+            cells.append(over.get(str(Plan(timed(entry["plan"]))), ""))
         mark = " *" if entry["plan"] in loose else ""
         lines.append(f"| `{entry['plan']}`{mark} | {' | '.join(cells)} |")
     return "\n".join(lines)

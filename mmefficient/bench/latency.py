@@ -42,7 +42,8 @@ def run(
         per stage, time over the larger floor, the speed against stock `generate`, the realised ratio (see
         `measure.realised`), peak and cache bytes, and what the gate found; or `failed`, and no times.
     """
-    bench = Bench(target.model, target.engines(engines), target.plans(plans), target.ceilings, repeats, new_tokens)
+    chosen = target.engines(engines), target.plans(plans)
+    bench = Bench(target.model, *chosen, target.ceilings, repeats, new_tokens, target.processor.tokenizer)
     before = preprocess.measure(target.model, target.processor, [*preprocess.SIZES, picture], repeats)
     rows: list[Row] = []
     for batch in batches:

@@ -31,7 +31,8 @@ class Bench:
     """What to time: every stock engine without a plan, and every one of ours with every plan.
 
     Attributes:
-        plans: without the empty one, which is always there; repeats: timed rounds; tokens: generated per row.
+        plans: without the empty one, which is always there; repeats: timed rounds; tokens: generated per row;
+            tokenizer: for plans that read words.
     """
 
     model: Any
@@ -40,12 +41,16 @@ class Bench:
     ceilings: Ceilings
     repeats: int = 20
     tokens: int = 16
+    tokenizer: Any = None
     runners: list[Runner] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         every = [Plan(), *dict.fromkeys(plan for plan in self.plans if plan)]
         self.runners = [
-            Runner(self.model, engine, plan) for plan in every for engine in self.engines if engine.ours or not plan
+            Runner(self.model, engine, plan, self.tokenizer)
+            for plan in every
+            for engine in self.engines
+            if engine.ours or not plan
         ]
 
     def rows(self, inputs: Mapping[str, torch.Tensor]) -> list[Row]:
@@ -118,7 +123,7 @@ class Bench:
 
         Other engines keep buffers between calls: counted are the weights, what this one keeps, and what the call adds.
         """
-        with runner.plan.apply(self.model, **runner.engine.apply) as run:
+        with runner.plan.apply(self.model, tokenizer=self.tokenizer, **runner.engine.apply) as run:
             self.model.generate(**inputs, do_sample=False, max_new_tokens=1)
         report, peak = run.report(), None
         if self.model.device.type == "cuda":
@@ -139,7 +144,7 @@ def _stages(runner: Runner, inputs: Mapping[str, torch.Tensor]) -> dict[str, flo
     if runner.plan and runner.engine.scores:
         spent: list[float] = []
         watched = Plan([_watched(method, spent, runner.model.device) for method in runner.plan.methods])
-        Runner(runner.model, runner.engine, watched).generate(inputs, 1)
+        Runner(runner.model, runner.engine, watched, runner.tokenizer).generate(inputs, 1)
         found["scoring"] = sum(spent)
     return found
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from mmefficient.bench import hallucination_clock
 from mmefficient.bench.hallucination import STRENGTHS, broken, choose, table
+from mmefficient.errors import InputError
+from mmefficient.evaluation.metrics.pope import COUNTS
 from mmefficient.evaluation.tasks import get
 from mmefficient.evaluation.tasks.hallucination import KINDS, task
 from mmefficient.models.reference.scenes import splits
@@ -69,18 +75,51 @@ def test_every_strength_is_a_plan() -> None:
 
 def test_table() -> None:
     entry = {"plan": "none", "metrics": {"caption-counterfactual/chair_s": {"value": 0.25}}, "paired": {}}
-    changed = {
+    changed: dict[str, Any] = {
         "plan": str(Plan("pai")),
         "metrics": {"caption-counterfactual/chair_s": {"value": 0.125}},
         "paired": {"caption-counterfactual/chair_s": {"low": -0.2, "high": -0.1}},
     }
-    report: dict[str, Any] = {"plans": [{**each, "ms_per_question": {"decode": 1.0}} for each in (entry, changed)]}
-    result = {"chosen": {"pai": "pai"}, "feasible": {"pai": False}, "test": report}
-    report["settings"] = {"processes": 1}
-    assert "| decode ms |" in table(result)
-    report["settings"] = {"processes": 2}
+    counts = zip(COUNTS, (9.0, 2.0, 8.0, 1.0), strict=True)
+    changed["metrics"] |= {f"existence-counterfactual/{name}": {"value": value} for name, value in counts}
+    result: dict[str, Any] = {"chosen": {"pai": "pai"}, "feasible": {"pai": False}, "test": {"plans": [entry, changed]}}
     text = table(result)
-    assert "decode ms" not in text  # processes in each other's way time nothing
+    assert "ms per token" not in text
     assert "25.0" in text
     assert "12.5 (-20.0 to -10.0)" in text
     assert "` *" in text
+    assert "| 9/2/8/1 |" in text
+    result["clock"] = {"rows": [timing("graph", "none", 4.0), timing("graph", str(Plan("pai")), 4.1)]}
+    assert table(result).splitlines()[-1].endswith("| +0.10 (+2 %) |")
+
+
+def timing(engine: str, plan: str, ms: float | None) -> dict[str, Any]:
+    row = {"engine": engine, "plan": str(Plan(plan))}
+    return {**row, "failed": "no"} if ms is None else {**row, "ms": {"decode": {"median": ms}}}
+
+
+def test_the_clock_times_attached_what_cannot_be_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def run(target: Any, plans: list[str], *, engines: list[str], repeats: int) -> dict[str, Any]:
+        asked.append((engines[0], plans))
+        recorded = engines[0] == "auto"
+        cost = {plan: None if recorded and plan.startswith("vcd") else 20.0 for plan in plans}
+        return {"model": "m", "rows": [timing(engines[0], plan, ms) for plan, ms in {"none": 10.0, **cost}.items()]}
+
+    target = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    target.model.device = torch.device("cpu")
+    monkeypatch.setattr(hallucination_clock.Target, "open", lambda *_: target)
+    monkeypatch.setattr(hallucination_clock.latency, "run", run)
+    options: dict[str, Any] = {"device": "cpu", "dtype": "auto"}
+    found = hallucination_clock.measure(["lift", "vcd"], "m", tmp_path / "clock.json", **options)
+    assert [engine for engine, _ in asked] == ["auto", "eager"]
+    expected = {str(Plan("lift")): "+10.00 (+100 %)", str(Plan("vcd")): "+10.00 (+100 %, attached)"}
+    assert hallucination_clock.added(found["rows"]) == expected
+    again = hallucination_clock.measure(["vcd", "lift"], "m", tmp_path / "clock.json", **options)
+    assert again == found
+    assert len(asked) == 2
+    hallucination_clock.measure(["vcd", "adhh"], "m", tmp_path / "clock.json", **options)
+    assert asked[2:] == [("auto", [hallucination_clock.HEADS])]
+    with pytest.raises(InputError, match="measured with m"):
+        hallucination_clock.measure(["lift"], "other", tmp_path / "clock.json", **options)

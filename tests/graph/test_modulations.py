@@ -52,9 +52,23 @@ class Noting(LogitsProcessor):
         return scores
 
 
-def run(model: Any, batch: dict[str, Any], plan: str, engine: str) -> tuple[torch.Tensor, torch.Tensor, Any]:
+class Forcing(Noting):
+    """The same, and makes the model say `ids` [B, steps]."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        super().__init__()
+        self.ids = ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        said = self.ids[:, len(self.seen), None]
+        return torch.full_like(super().__call__(input_ids, scores), -torch.inf).scatter(1, said, 0.0)
+
+
+def run(
+    model: Any, batch: dict[str, Any], plan: str, engine: str, noting: Noting | None = None
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Ids, logits [steps, B, V] and the report."""
-    noting = Noting()
+    noting = noting or Noting()
     ids, report = generate(model, batch, plan, engine, max_new_tokens=STEPS, logits_processor=[noting])
     return ids, torch.stack(noting.seen), report
 

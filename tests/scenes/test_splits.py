@@ -13,6 +13,7 @@ from mmefficient.models.reference.scenes.catalogue import OBJECTS
 
 DIGESTS = {
     "test": "5225a11cf4836b903b55a9fd8d18597cb178e377c7d25eabf5ad4500c1577aa3",
+    "confirm": "577a6d5455574e6a3c1cef548455e74fd72806f199b3cb50cc10abad50f54a0f",
     "val": "4d123f637db3c8b53888ff335a6e7ce7ca54550de2a0f0a34db90ecdf488e1d9",
 }
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from mmefficient.evaluation.metrics.text import words
 from mmefficient.evaluation.task import Output, Ratio, Record, ratio
 
+COUNTS = ("true_positives", "false_positives", "true_negatives", "false_negatives")
+
 
 def says_yes(text: str) -> bool:
     """The official parser: the text before the first full stop, without commas, has none of No, no, not as a word."""
@@ -28,7 +30,7 @@ def pope(records: Sequence[Record], outputs: Sequence[Output]) -> dict[str, Rati
     correlation, so that its bootstrap interval is right to first order. Undefined where all answers agree.
 
     Two companions: the false-positive rate (with recall it tells a shifted threshold from better sight) and the share
-    of answers that hold neither yes nor no, which the parser counts as "yes".
+    of answers that hold neither yes nor no, which the parser counts as "yes". Last the official script's four counts.
     """
     positive = np.array([record.truth[0] == "yes" for record in records], dtype=bool)
     yes = np.array([says_yes(output.text) for output in outputs], dtype=bool)
@@ -43,7 +45,12 @@ def pope(records: Sequence[Record], outputs: Sequence[Output]) -> dict[str, Rati
         "yes_rate": ratio(yes),
         "false_positive_rate": ratio(false_alarm, ~positive),
         "vague": ratio(vague),
+        **{name: _count(where) for name, where in zip(COUNTS, (hit, false_alarm, ~yes & ~positive, miss), strict=True)},
     }
+
+
+def _count(where: NDArray[np.bool_]) -> Ratio:
+    return ratio(where, np.full(where.shape, 1 / len(where)), unit="questions")
 
 
 def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> Ratio:

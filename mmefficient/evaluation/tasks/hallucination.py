@@ -12,7 +12,7 @@ KINDS = (*splits.EXISTENCE_KINDS, "caption", "caption-counterfactual")
 
 
 def task(split: str) -> Task:
-    """The task on "test" (2,000 questions of each kind of existence, 1,000 captions of each kind) or on "val"."""
+    """The task on "test", "confirm" (2,000 questions of each kind of existence, 1,000 captions of each) or "val"."""
 
     def records(kinds: Sequence[str] | None, limit: int | None) -> list[Record]:
         return [scenes.record(question) for question in splits.load(split, kinds or KINDS, limit)]

@@ -24,7 +24,7 @@ class Lift(Modulation):
     changes: ClassVar[frozenset[str]] = frozenset({"gain"})
     rows: ClassVar[Rows] = "answer"
 
-    gain: float = field(default=1.5, metadata=about("factor on the output of every head"))
+    gain: float = field(default=1.3, metadata=about("factor on the output of every head"))
     first: int = field(default=0, metadata=about("first decoder layer that is changed", quiet=True))
     last: int = field(
         default=-1, metadata=about("last decoder layer that is changed; -1 = the model's last", quiet=True)

@@ -27,8 +27,10 @@ EXISTENCE_KINDS = ("existence-random", "existence-popular", "existence-adversari
 KINDS = (*EXISTENCE_KINDS, *ASK)
 COUNTERFACTUAL = ("existence-counterfactual", "caption-counterfactual")
 """Kinds that ask about scenes that break the themes; captions of those are in no default list, nor in `digest`."""
-SPLITS = {"test": 2000, "val": 300}  # questions per kind
-CAPTIONS = {"test": 1000, "val": 200}
+SPLITS = {"test": 2000, "val": 300, "confirm": 2000}  # questions per kind
+CAPTIONS = {"test": 1000, "val": 200, "confirm": 1000}
+"""``confirm`` is drawn like ``test``, for what was decided after a look at that."""
+COUNTERFACTUAL_CAPTIONS = 1000  # of every split: settings are chosen on those of "val" by a few words more or less
 STATISTICS_SCENES = 2000
 SYNONYMS = {"centre": ("center", "middle", "in the centre")}
 PER_PICTURE = 3  # existence: positives, and negatives, per picture
@@ -127,7 +129,11 @@ def load(split: str = "test", kinds: Iterable[str] | None = None, limit: int | N
     for kind in chosen:
         if kind not in (*KINDS, *COUNTERFACTUAL):
             raise InputError(f"There is no question kind {kind!r}; use one of {', '.join(KINDS)}.")
-    sizes = {kind: (CAPTIONS if kind.startswith("caption") else SPLITS)[split] for kind in chosen}
+    sizes = {
+        **dict.fromkeys(KINDS, SPLITS[split]),
+        "caption": CAPTIONS[split],
+        "caption-counterfactual": COUNTERFACTUAL_CAPTIONS,
+    }
     return [
         question
         for kind in chosen

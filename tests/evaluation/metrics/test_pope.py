@@ -38,6 +38,10 @@ def test_scores_equal_those_computed_by_hand() -> None:
             "yes_rate": 4 / 8,
             "false_positive_rate": 1 / 3,
             "vague": 1 / 8,
+            "true_positives": 3,
+            "false_positives": 1,
+            "true_negatives": 2,
+            "false_negatives": 2,
         }
     )
 
