@@ -60,4 +60,5 @@ def spread_by_row(values: torch.Tensor, tokens: VisualTokens) -> torch.Tensor:
         per_row = torch.full((max(unit.row for unit in tokens.units) + 1,), beyond, device=values.device)
         ends.append(per_row.scatter_reduce_(0, rows, per_unit, how)[rows, None])
     low, high = ends
-    return torch.where(high > low, (values - low + 1e-6) / (high - low), 1.0).masked_fill(~tokens.valid, 0.0)
+    stretched = (values - low + 1e-6) / (high - low)
+    return stretched.masked_fill(high <= low, 1.0).masked_fill(~tokens.valid, 0.0)
