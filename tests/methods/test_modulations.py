@@ -430,19 +430,21 @@ class NoMatrix(TorchDispatchMode):
         return out
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is off; in float32 torch's own attention on CUDA makes a matrix"
+)
 @pytest.mark.parametrize(
     "plan",
     ["pai(first=3)+vhr+spin", "vaf(first=1,last=1)", "var(tau=1.5,first=3)", "paint(first=3)", "adhh(heads=((1,1),))"],
 )
 def test_no_attention_matrix_is_made(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stock implementation that makes none, no method does: the kernels run, or Triton's interpreter does."""
+    """With a stock implementation that makes none, no method does: the kernels run, under Triton's interpreter."""
     for name in ("grouped_attention", "decode_attention", "layout_of", "make_layout"):
         monkeypatch.setattr(steering, name, partial(getattr(steering, name), impl="triton"))
     monkeypatch.setattr(steered, "decode_attention", steering.decode_attention)
     monkeypatch.setattr(steered, "group_mix", partial(steered.group_mix, impl="triton"))
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    batch = {name: value.to(place) for name, value in tiny.collate("llava", [tiny.prompt("llava", 2, 24, 8)]).items()}
-    model, length = tiny.build("llava").to(place), batch["input_ids"].shape[1]
+    batch = tiny.collate("llava", [tiny.prompt("llava", 2, 24, 8)])
+    model, length = tiny.build("llava"), batch["input_ids"].shape[1]
     assert length > model.config.text_config.intermediate_size > model.config.text_config.hidden_size
     model.model.get_image_features(batch["pixel_values"])  # what is lazily made, is made
     with Plan(plan).apply(model), NoMatrix(length) as watch:
