@@ -22,7 +22,7 @@ from mmefficient.cache import fit_layer, stored_rows
 from mmefficient.call import Call
 from mmefficient.errors import InputError, ModelError
 from mmefficient.masks import decode_mask, prefill_mask
-from mmefficient.matchers import EMBEDDINGS, load_looker
+from mmefficient.matchers import OWN, WORDS, load_looker
 from mmefficient.placement import Placement
 from mmefficient.prompt import HostFacts, PromptState
 from mmefficient.reduction import Prefill
@@ -224,7 +224,7 @@ class Executor(Placement):
         """The pictures that the second stream reads, one per row of the batch."""
         assert self.stream is not None
         view, vision, repeats = self.stream.view, call.vision["image"], call.repeats.get("image", 1)
-        name: str = getattr(view, "matcher", EMBEDDINGS)
+        name: str = getattr(view, "matcher", WORDS)
         pixels, facts = vision.given["pixel_values"], dict[str, Any]()
         if view.needs & {"match", "look"}:
             mean, std = self.adapter.pixel_statistics()
@@ -233,13 +233,12 @@ class Executor(Placement):
             asked = [call.words[row] for row in rows_of(tokens, repeats)]
             facts["look"] = load_looker(name).look(pixels, mean, std, asked)
         if "match" in view.needs:
-            tower, texts, inverted = None, None, False
-            if name != EMBEDDINGS:
+            found = None
+            if name not in OWN:
                 assert vision.tower is not None
-                tower, inverted = vision.tower.matched[name], self.watcher.matchers[name].inverted
-                texts = self._texts(call, name, tower.device)
-            asks = question_at(tokens, call.drafts)
-            facts["match"] = matches(tokens, embeds, asks, repeats, tower, texts, inverted)
+                patches = vision.tower.matched[name]
+                found = patches, self._texts(call, name, patches.device), self.watcher.matchers[name].inverted
+            facts["match"] = matches(tokens, embeds, question_at(tokens, call.drafts), repeats, name, found)
         varied = {**vision.given, "pixel_values": view.pictures(Sight(pixels, **facts))}
         return repeated(varied, len(embeds), repeats)
 

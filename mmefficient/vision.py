@@ -21,7 +21,7 @@ from mmefficient.arguments import arguments_of
 from mmefficient.attention import KEY
 from mmefficient.errors import ModelError
 from mmefficient.kernels.key_scores import key_scores
-from mmefficient.matchers import EMBEDDINGS, Seen, load
+from mmefficient.matchers import OWN, WORDS, Seen, load
 from mmefficient.points import LayerTokens, Method, TowerLayer, TowerTokens
 from mmefficient.retention import retained
 from mmefficient.tokens import Layout
@@ -143,8 +143,8 @@ class Watcher:
         self.adapter = adapter
         self.matchers = {
             name: load(name)
-            for name in (getattr(r, "matcher", EMBEDDINGS) for r in methods if "match" in r.needs)
-            if name != EMBEDDINGS
+            for name in (getattr(r, "matcher", WORDS) for r in methods if "match" in r.needs)
+            if name not in OWN
         }
         reading = any("tower" in r.needs for r in methods)
         wanted = {FEATURES, *(layer for r in methods for layer in r.tower_layers)} if reading else set()

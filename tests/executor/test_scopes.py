@@ -127,7 +127,7 @@ def test_a_plan_chooses_the_scope() -> None:
         "divprune(keep=0.4,scope=tile)",
         "scope(keep=0.4,scope=image)",
         "vispruner(keep=0.4,scope=prompt)",
-        "cdpruner(keep=0.4,matcher=embeddings,scope=image)",
+        "cdpruner(keep=0.4,matcher=words,scope=image)",
         "dart(layer=1,keep=0.5,scope=tile)",
         "pyramiddrop(shares=(0.6,0.4,0.2),scope=prompt)",
     ],

@@ -430,6 +430,9 @@ class NoMatrix(TorchDispatchMode):
         return out
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is off; in float32 torch's own attention on CUDA makes a matrix"
+)
 @pytest.mark.parametrize(
     "plan",
     ["pai(first=3)+vhr+spin", "vaf(first=1,last=1)", "var(tau=1.5,first=3)", "paint(first=3)", "adhh(heads=((1,1),))"],

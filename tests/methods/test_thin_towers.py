@@ -124,7 +124,7 @@ def test_towers_are_left_as_they_were() -> None:
         ("qwen2_5_vl", "tome(keep=0.5,positions=keep)", "no vision tower layer"),
         ("llava", "tome(keep=2)", "keep more"),
         ("llava", "downsample(keep=17)", "17"),
-        ("llava", "cdpruner(keep=4,matcher=nowhere)", "no CLIP checkpoint"),
+        ("llava", "cdpruner(keep=4,matcher='./nowhere')", "no CLIP checkpoint"),
     ],
 )
 def test_refused(family: str, plan: str, reason: str) -> None:

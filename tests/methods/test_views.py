@@ -124,7 +124,7 @@ def blackened(pixels: torch.Tensor, patches: torch.Tensor, words: list[torch.Ten
     found = pixels.clone()
     black = torch.tensor([-m / s for m, s in zip(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, strict=True)])
     for picture, states in enumerate(patches):
-        cosine = torch.stack([torch.cosine_similarity(states, word[None], dim=-1) for word in words[picture]]).mean(0)
+        cosine = torch.stack([torch.cosine_similarity(states, word[None], dim=-1) for word in words[picture]]).amax(0)
         side, size = math.isqrt(len(cosine)), pixels.shape[-1]
         map_ = ((cosine - cosine.min()) / (cosine.max() - cosine.min())).reshape(1, 1, side, side)
         map_ = torch.nn.functional.interpolate(map_, (size, size), mode="bicubic")[0, 0]
