@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mmefficient.bench.giving import give, give_file, need_gpu, open_target, picture_size
+from mmefficient.bench.giving import give, give_file, need_gpu, open_target, picture_size, readable_plans
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,7 +19,9 @@ Model = Annotated[
     str,
     typer.Option(help="llava-1.5-7b, llava-1.5-13b, llava-next-7b, qwen2.5-vl-7b, reference, a folder or a hub id."),
 ]
-Plans = Annotated[list[str] | None, typer.Option("--plan", help="A plan to time; repeat for more.")]
+Plans = Annotated[
+    list[str] | None, typer.Option("--plan", help="A plan to time; repeat for more.", callback=readable_plans)
+]
 Engines = Annotated[list[str] | None, typer.Option("--engine", help="Only this engine; repeat for more.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed rounds.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
