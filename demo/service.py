@@ -16,7 +16,7 @@ from mmefficient.bench.timers import STAGES
 from mmefficient.errors import InputError, MMEfficientError, PlanError
 from mmefficient.executor import Executor
 from mmefficient.flops import kv_bytes
-from mmefficient.matchers import EMBEDDINGS
+from mmefficient.matchers import OWN, WORDS
 from mmefficient.methods import method, methods
 from mmefficient.models import adapter_for
 from mmefficient.plan import Plan
@@ -28,7 +28,7 @@ from mmefficient.watch import attention_received
 
 REPEATS = 3  # timed runs behind every median
 MAX_QUESTION = 2000  # characters
-OWN = frozenset({"auto", "none", EMBEDDINGS})  # texts in a method's fields that lead to nothing outside the package
+INSIDE = OWN | {"auto", "none"}  # texts in a method's fields that lead to nothing outside the package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Service:
                 fields = {f.name: f.default for f in dataclasses.fields(kind)}
                 required = [field for field, default in fields.items() if default is dataclasses.MISSING]
                 given: dict[str, Any] = dict.fromkeys(required, self.layers(name) // 2)
-                given |= {"matcher": EMBEDDINGS} if "matcher" in fields else {}  # the default is a model of its own
+                given |= {"matcher": WORDS} if "matcher" in fields else {}  # the default is a model of its own
                 if set(required) <= {"layer"} and explain(plan := str(Plan([kind(**given)])), model) is None:
                     found.append(plan)
             self._presets[name] = found
@@ -166,10 +166,10 @@ def served(text: str) -> Plan:
     for each in plan.methods:
         for field, hint in typing.get_type_hints(type(each)).items():
             value = getattr(each, field)
-            if hint is str and value not in OWN:
+            if hint is str and value not in INSIDE:
                 raise PlanError(
                     f"{each.name}: {field}={value!r} is a file or a model that this demo does not serve; "
-                    f"choose from: {', '.join(sorted(OWN))}."
+                    f"choose from: {', '.join(sorted(INSIDE))}."
                 )
     return plan
 

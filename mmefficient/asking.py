@@ -32,7 +32,7 @@ class Question:
 def question_at(tokens: TokenMap, drafts: int) -> torch.Tensor:
     """bool [B, S]: the text after each row's last visual token, drafts left out."""
     later = tokens.visual.long().flip(1).cumsum(1).flip(1) == 0  # no visual token from here on
-    column = torch.arange(tokens.role.shape[1])
+    column = torch.arange(tokens.role.shape[1], device=later.device)
     return (tokens.role == Role.QUESTION) & later & (column < len(column) - drafts)
 
 

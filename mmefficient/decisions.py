@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 
 from mmefficient.budgets import Unit
+from mmefficient.matchers.base import WORDS
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,46 @@ class MatchTokens:
         texts: float32 [U, C, E], not normalised: the question in as many pieces as the matcher reads it in.
         valid: bool [U, C]; False where a question has fewer pieces than others.
         inverted: small products mean a good match (see `matchers.Matcher`).
+        words: the pieces are single words, most of which name nothing that can be seen.
     """
 
     patches: torch.Tensor
     texts: torch.Tensor
     valid: torch.Tensor
     inverted: bool
+    words: bool = False
+
+    @classmethod
+    def embedded(cls, matcher: str, patches: torch.Tensor, words: torch.Tensor, valid: torch.Tensor) -> MatchTokens:
+        """Tokens at the language model's input, as one of `matchers.OWN` compares them (docs/matchers.md).
+
+        "words": one by one, patches with length 1, for their lengths say nothing there. "embeddings": the mean over all
+        words, inverted as CLIP's is: what resembles a whole question a little is background.
+
+        Args:
+            patches: [U, N, D]; words: [U, C, D]; valid: bool [U, C], which of the words there are.
+        """
+        if matcher == WORDS:
+            return cls(F.normalize(patches.float(), dim=-1), words.float(), valid, inverted=False, words=True)
+        return cls(patches.float(), words.float(), valid, inverted=True)
+
+    def relevance(self, lengths: bool = False) -> torch.Tensor:
+        """float32 [U, N]: how well every patch goes with the question.
+
+        It is the mean of its cosines with the pieces, negated where the matcher is inverted; with words the largest,
+        for a patch shows what one word names.
+
+        Args:
+            lengths: patches count with the length they have: products with pieces of length 1.
+        """
+        patches = self.patches if lengths else F.normalize(self.patches, dim=-1)
+        products = patches @ F.normalize(self.texts, dim=-1).transpose(1, 2)
+        signed = -products if self.inverted else products
+        if self.words:
+            best = signed.masked_fill(~self.valid[:, None], float("-inf")).amax(2)
+            return best.masked_fill(~self.valid.any(1, keepdim=True), 0.0)
+        mean = signed.masked_fill(~self.valid[:, None], 0.0).sum(2)
+        return mean / self.valid.sum(1, keepdim=True).clamp(min=1)
 
 
 @dataclass(frozen=True)

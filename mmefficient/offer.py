@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from mmefficient.kernels.key_scores import key_scores
-from mmefficient.matchers import EMBEDDINGS, load
+from mmefficient.matchers import OWN, load
 from mmefficient.packing import Units
 from mmefficient.points import KEYS, MatchTokens, OwnHeads, QuestionTokens, Reducer, VisualTokens
 from mmefficient.tokens import Role
@@ -117,11 +117,10 @@ class Offer:
     def match(self, reducer: Reducer, source: torch.Tensor, parts: Parts) -> MatchTokens:
         """Patches and questions in the space of the reducer's matcher."""
         name: str = reducer.matcher  # type: ignore[attr-defined]
-        if name == EMBEDDINGS:
+        if name in OWN:
             question = self.question()
             patches = self.hidden[self.rows, self.index]
-            # as in CLIP, what resembles a whole text is background: see docs/matchers.md for what was measured
-            return MatchTokens(patches.float(), question.hidden.float(), question.valid, inverted=True)
+            return MatchTokens.embedded(name, patches, question.hidden, question.valid)
         assert self.prefill.tower is not None
         found = self.prefill.tower.matched[name]
         texts, used = parts.texts(name, self.hidden.device)

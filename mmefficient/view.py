@@ -232,29 +232,34 @@ def rows_of(tokens: TokenMap, repeats: int) -> list[int]:
 
 
 def matches(
-    tokens: TokenMap, embeds: torch.Tensor, asks: torch.Tensor, repeats: int,
-    patches: torch.Tensor | None, texts: tuple[torch.Tensor, torch.Tensor] | None, inverted: bool,
+    tokens: TokenMap, embeds: torch.Tensor, asks: torch.Tensor, repeats: int, matcher: str,
+    found: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], bool] | None,
 ) -> MatchTokens:  # fmt: skip
     """Patches and questions per picture, [N, T, E] and [N, C, E].
 
     Args:
         tokens: of the prompt; embeds: the language model's input [B, S, D]; asks: bool [B, S], the question's tokens;
             repeats: equal rows that stand for one prompt.
-        patches, texts: in the space of a matcher; None = the input embeddings are that space.
+        found: patches, texts and whether they are inverted, in the space of `matcher`; None = it is one of `OWN`.
 
     Raises:
         ModelError: the pictures do not have equally many patches.
     """
     rows = rows_of(tokens, repeats)
-    if patches is None or texts is None:
+    if found is None:
         patches = embeds[::repeats][tokens.visual[::repeats].to(embeds.device)]
         most = int(asks.sum(1).max())
         place = asks.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most].to(embeds.device)
         words = embeds.gather(1, place[..., None].expand(-1, -1, embeds.shape[-1]))
-        texts = words, asks.to(embeds.device).gather(1, place)
+        texts, inverted = (words, asks.to(embeds.device).gather(1, place)), False
+    else:
+        patches, texts, inverted = found
     if len(patches) % len(rows):
         raise ModelError("the pictures differ in how many patches they have; give the view pictures of one size.")
-    return MatchTokens(patches.float().unflatten(0, (len(rows), -1)), texts[0][rows].float(), texts[1][rows], inverted)
+    patches, pieces, valid = patches.unflatten(0, (len(rows), -1)), texts[0][rows], texts[1][rows]
+    if found is None:
+        return MatchTokens.embedded(matcher, patches, pieces, valid)
+    return MatchTokens(patches.float(), pieces.float(), valid, inverted)
 
 
 def repeated(pictures: Mapping[str, Any], rows: int, repeats: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mmefficient.arguments import arguments_of
 from mmefficient.attention import KEY
 from mmefficient.errors import ModelError
 from mmefficient.kernels.key_scores import key_scores
-from mmefficient.matchers import EMBEDDINGS, Seen, load
+from mmefficient.matchers import OWN, WORDS, Seen, load
 from mmefficient.points import LayerTokens, Method, TowerLayer, TowerTokens
 from mmefficient.retention import retained
 from mmefficient.tokens import Layout
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 FEATURES = TowerLayer()
 """The layer whose output the projector reads."""
+
+SEEN = "_mmefficient_seen"
+"""Attribute of an encoder's output that holds its `Vision`."""
 
 PICTURES = ("pixel_values", "image_sizes", "image_grid_thw")
 
@@ -140,8 +143,8 @@ class Watcher:
         self.adapter = adapter
         self.matchers = {
             name: load(name)
-            for name in (getattr(r, "matcher", EMBEDDINGS) for r in methods if "match" in r.needs)
-            if name != EMBEDDINGS
+            for name in (getattr(r, "matcher", WORDS) for r in methods if "match" in r.needs)
+            if name not in OWN
         }
         reading = any("tower" in r.needs for r in methods)
         wanted = {FEATURES, *(layer for r in methods for layer in r.tower_layers)} if reading else set()
@@ -209,6 +212,7 @@ class Watcher:
         given = {name: arguments[name] for name in PICTURES if arguments.get(name) is not None}
         vision = Vision(layouts, strides, tower, given if kind == "image" else {})
         _thread.pending.setdefault(self, {})[kind] = vision
+        setattr(out, SEEN, vision)  # without a cache `generate` hands the same output to every step
         expecting = _thread.expecting.get(self)
         if expecting is not None:
             expecting(kind, vision)

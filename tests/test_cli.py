@@ -160,6 +160,18 @@ def test_other_bad_options(ask: Any, run: Any, picture: Path, checkpoint: Path) 
         assert "Traceback" not in result.err
 
 
+def test_a_plan_that_cannot_be_read_is_refused_before_a_model_is_loaded(run: Any, picture: Path) -> None:
+    plans = ("--plan", PLAN, "--plan", "fastw(keep=4)")
+    refused(run("show", picture, "what?", *plans, "--model", "never loaded", "-o", "kept.png"), "did you mean 'fastv'")
+
+
+@pytest.mark.parametrize("command", [("show", "what?", "--plan", PLAN), ("heads",)])
+def test_a_place_that_cannot_be_drawn_to(run: Any, picture: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
+    name, *rest = command
+    for out in (tmp_path / "nowhere" / "a.png", tmp_path):
+        refused(run(name, picture, *rest, "--model", "never loaded", "-o", out), "cannot be written")
+
+
 def test_unexpected_errors_keep_their_traceback(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug of ours")

@@ -46,7 +46,7 @@ def counted(vlm: mm.VLM) -> Iterator[list[int]]:
 def plans(vlm: mm.VLM) -> list[str]:
     merged = "Qwen" in type(vlm.model).__name__  # no tower facts, and positions that cannot close up
     before = [] if merged else ["fastervlm(keep=0.5)", "trim(keep=0.5,matcher=embeddings)", "tome(keep=0.5)"]
-    return ["none", "fastv(layer=1,keep=0.3)", "cdpruner(keep=0.3,matcher=embeddings,positions=keep)", *before]
+    return ["none", "fastv(layer=1,keep=0.3)", "cdpruner(keep=0.3,matcher=words,positions=keep)", *before]
 
 
 def test_later_turns_answer_and_choose_as_if_encoded_again(vlm: mm.VLM) -> None:

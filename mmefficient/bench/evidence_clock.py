@@ -23,7 +23,7 @@ from mmefficient.profiles import Checkpoint
 
 Row = dict[str, Any]
 WARM_UP = {"eager": 1}
-"""Rounds that are not timed; 3 for other engines, which compile or capture."""
+"""Rounds of a plan that are not timed; 3 on other engines, which compile or capture. Of no plan one, if it is warm."""
 
 SAME = 0.005
 """By how much the share that a plan leaves on random weights may miss its budget."""
@@ -102,7 +102,8 @@ def measure(
                 continue
             for each in [engine] if engine.name == ATTACHED.name else [engine, ATTACHED]:
                 try:
-                    row = _time(Plan(text), target, inputs[batch], repeats, each, layers)
+                    warm = (each.name, batch) in prefill
+                    row = _time(Plan(text), target, inputs[batch], repeats, each, layers, warm)
                     if (each.name, batch) not in prefill:
                         prefill[each.name, batch] = _prefill(target, inputs[batch], repeats, each)
                 except ModelError:  # the engine cannot run it
@@ -114,7 +115,13 @@ def measure(
 
 
 def _time(
-    plan: Plan, target: Target, inputs: Mapping[str, torch.Tensor], repeats: int, engine: Engine, layers: int
+    plan: Plan,
+    target: Target,
+    inputs: Mapping[str, torch.Tensor],
+    repeats: int,
+    engine: Engine,
+    layers: int,
+    warm: bool,
 ) -> Row:
     model, device = target.model, target.model.device
     stages = [stage for method in plan.methods for stage in method.stages(Checkpoint(model, layers))]
@@ -122,6 +129,8 @@ def _time(
     ms: dict[Runner, list[float]] = {none: [], own: []}
     for index in range(-WARM_UP.get(engine.name, 3), repeats):
         for runner, found in ms.items():
+            if runner is none and warm and index < -1:
+                continue
             took = wall_ms(partial(runner.generate, inputs, 1), device)
             if index >= 0:
                 found.append(took)

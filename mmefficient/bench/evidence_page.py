@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmefficient.bench.tables import cell, markdown
@@ -11,15 +12,16 @@ from mmefficient.bench.tables import cell, markdown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MEAN = "mean"
 NOT_BETTER = "≯ random"
 MARK = "does not beat random"
+MARKERS = "o^DvP"
 
 
 def tables(result: Mapping[str, Any]) -> str:
     """One table per site: cost, accuracy per kind with the paired difference to no plan, and the clock."""
     rows, clock = result["rows"], result["clock"]
-    kinds = [MEAN, *(kind for kind in result["judged_by"] if kind not in (MEAN, "existence", "caption"))]
+    main = headline(result)
+    kinds = [main, *(kind for kind in result["judged_by"] if kind not in (main, "existence", "caption"))]
     batches = [str(batch) for batch in clock.get("batches", ())]
     titles = ["plan", "tokens, mean over layers", "prefill FLOPs", "of no plan's mean", "− random, same tokens"]
     titles += [f"{kind} %" for kind in kinds]
@@ -30,7 +32,7 @@ def tables(result: Mapping[str, Any]) -> str:
     titles += ["ms/question, embedded model"] * alone
     parts = [_intro(result)]
     for site in dict.fromkeys(row["site"] for row in rows if row["site"] != "none"):
-        chosen = [rows[0], *sorted((row for row in rows if row["site"] == site), key=_order)]
+        chosen = [rows[0], *sorted((row for row in rows if row["site"] == site), key=partial(_order, main))]
         lines = [_line(row, kinds, captions, batches, alone) for row in chosen]
         parts += [f"## {site[0].upper()}{site[1:]}", markdown(titles, lines)]
     if result["left_out"]:
@@ -58,14 +60,19 @@ def _intro(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _order(row: Mapping[str, Any]) -> tuple[float, float]:
-    return -(row["keep"] or 0), -row["kinds"][MEAN]["value"]
+def headline(result: Mapping[str, Any]) -> str:
+    """What plans are ordered by: the mean over kinds, or the first kind where too few were asked for one."""
+    return next(kind for kind, name in result["judged_by"].items() if name == result["headline"])
+
+
+def _order(main: str, row: Mapping[str, Any]) -> tuple[float, float]:
+    return -(row["keep"] or 0), -row["kinds"][main]["value"]
 
 
 def _line(
     row: Mapping[str, Any], kinds: Sequence[str], captions: Sequence[str], batches: Sequence[str], alone: bool
 ) -> list[str]:
-    against = row["against_random"].get(MEAN)
+    against = row["against_random"].get(kinds[0])
     mark = "" if against is None else _points(against)
     if against is not None and against["verdict"] != "better":
         mark += f" **{NOT_BETTER}**"
@@ -91,14 +98,18 @@ def _range(entry: Mapping[str, float]) -> str:
 
 
 def series(plan: str) -> str:
-    """What plans that differ in their budget alone have in common: names, layers, positions and what is recycled."""
+    """What plans that differ in their budget alone share: names, layers, matchers, positions and what is recycled."""
     found = []
     for method in plan.split("+"):
         name, _, fields = method.partition("(")
-        shown = [each for each in ("layer", "recycle", "positions") if (name, each) != ("exit", "layer")]
+        shown = [each for each in ("layer", "recycle", "matcher", "positions") if (name, each) != ("exit", "layer")]
         told = re.findall(rf"\b(?:{'|'.join(shown)})=[^,)]+", fields)
         found.append(f"{name}({','.join(told)})" if told else name)
     return "+".join(found)
+
+
+def _apart(label: str) -> str:
+    return re.sub(r"[(,]positions=\w+", "", label).strip("()")
 
 
 def figure(result: Mapping[str, Any]) -> Figure:
@@ -110,7 +121,7 @@ def figure(result: Mapping[str, Any]) -> Figure:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    rows = result["rows"]
+    rows, main = result["rows"], headline(result)
     batches = [str(batch) for batch in result["clock"].get("batches", ())]
     panels = {"visual tokens, mean over layers (%)": lambda row: 100 * row["share"]}
     if batches:
@@ -123,10 +134,14 @@ def figure(result: Mapping[str, Any]) -> Figure:
         lines.setdefault(series(row["plan"]), []).append(row)
     names = list(dict.fromkeys(label.partition("(")[0] for label in lines))
     colours = {name: colormaps["tab20"](index % 20) for index, name in enumerate(names)}
+    kinds: dict[str, list[str]] = {}  # of one name, wherever their positions are
+    for label in lines:
+        known = kinds.setdefault(label.partition("(")[0], [])
+        known += [kind for kind in [_apart(label)] if kind not in known]
     for axis, (title, cost) in zip(axes, panels.items(), strict=True):
         for label, chosen in lines.items():
             name = label.partition("(")[0]
-            points = sorted((cost(row), 100 * row["kinds"][MEAN]["value"]) for row in chosen if cost(row) is not None)
+            points = sorted((cost(row), 100 * row["kinds"][main]["value"]) for row in chosen if cost(row) is not None)
             if not points:
                 continue
             blind = name in ("random", "grid", "pool", "downsample")
@@ -135,9 +150,10 @@ def figure(result: Mapping[str, Any]) -> Figure:
                 "ls": ":" if "positions=keep" in label else "-",
                 "ms": 4,
             }
-            look |= {"marker": "s" if blind else "o", "lw": 2.2 if name == "random" else 1.1}
+            marker = "s" if blind else MARKERS[kinds[name].index(_apart(label)) % len(MARKERS)]
+            look |= {"marker": marker, "lw": 2.2 if name == "random" else 1.1}
             axis.plot(*zip(*points, strict=True), label=label, **look)
-        axis.axhline(100 * rows[0]["kinds"][MEAN]["value"], color="#888888", lw=0.8, ls="--")
+        axis.axhline(100 * rows[0]["kinds"][main]["value"], color="#888888", lw=0.8, ls="--")
         axis.set_xlabel(title)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

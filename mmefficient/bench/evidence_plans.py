@@ -9,7 +9,7 @@ BUDGETS = (0.5, 0.25, 0.1111, 0.0556)
 """Shares of the visual tokens; of 576 they leave 288, 144, 64 and 32."""
 
 PRUNED = ("fastervlm", "vispruner", "divprune", "scope", "hiprune", "prumerge", "tome")
-MATCHED = ("trim", "cdpruner")
+MATCHED, MATCHERS = ("trim", "cdpruner"), ("words", "embeddings")
 """By the question, in the model's own input space: the embedded model has no text tower that goes with its images."""
 BIASES = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
@@ -36,7 +36,7 @@ def entries(layers: int, budgets: Sequence[float] = BUDGETS) -> list[Entry]:
             found.append(Entry("baselines", plan, share))
         dominant, contextual = round(share * 54 / 64, 4), round(share * 10 / 64, 4)
         before = [f"{name}(keep={share}" for name in PRUNED]
-        before += [f"{name}(keep={share},matcher=embeddings" for name in MATCHED]
+        before += [f"{name}(keep={share},matcher={matcher}" for name in MATCHED for matcher in MATCHERS]
         before.append(f"visionzip(dominant={dominant},contextual={contextual}")
         for plan in before:
             found += [Entry("before the language model", f"{plan}{end}", share) for end in (")", ",positions=keep)")]

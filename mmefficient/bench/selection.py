@@ -29,19 +29,20 @@ from mmefficient.loading import resolve_device
 from mmefficient.plan import Plan
 from mmefficient.points import LayerTokens, MatchTokens, Reducer, TowerTokens, Unit, VisualTokens
 
+ASKED = 12  # tokens of the question, for methods that look at it
 CASES = ((1, 576), (5, 576), (1, 2880))
 """Units and patches per unit; a ninth of them stays."""
 
 PLANS = (
     "divprune(keep=0.1111)",
     "scope(keep=0.1111)",
-    "cdpruner(keep=0.1111,matcher=embeddings)",
+    "cdpruner(keep=0.1111,matcher=words)",
     "vispruner(keep=0.1111)",
     "visionzip(dominant=54,contextual=10)",
     "prumerge(keep=0.1111)",
     "prumerge",
     "hiprune(keep=0.1111)",
-    "trim(keep=0.1111,matcher=embeddings)",
+    "trim(keep=0.1111,matcher=words)",
     "fastervlm(keep=0.1111)",
 )
 KNOWN = {"tower", "full_grid", "match"}
@@ -106,7 +107,7 @@ def random_tokens(units: int, items: int, width: int, tower_width: int, device: 
         everything,
         torch.ones(units, items, device=device),
         tower=tower,
-        match=MatchTokens(draw(units, items, 768), draw(units, 1, 768), everything[:, :1], inverted=True),
+        match=MatchTokens.embedded("words", hidden, draw(units, ASKED, width), everything[:, :ASKED]),
     )
 
 

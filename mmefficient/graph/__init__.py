@@ -14,6 +14,7 @@ from mmefficient.graph.capture import CudaGraphs, Recorder
 from mmefficient.graph.engine import Engine
 from mmefficient.graph.generate import GenerateTap, log
 from mmefficient.graph.modules import modules_of
+from mmefficient.matchers import OWN
 
 if TYPE_CHECKING:
     from mmefficient.executor import Executor
@@ -96,7 +97,8 @@ def _refusal(executor: Executor) -> str | None:
     if executor.stream is not None:
         return "the plan runs a second stream"
     for method in executor.reducers:
-        if method.adaptive or method.weighted or not method.needs <= KNOWN:
+        known = KNOWN | {"match"} if getattr(method, "matcher", None) in OWN else KNOWN
+        if method.adaptive or method.weighted or not method.needs <= known:
             return f"{method.name} decides by what the programs do not keep"
     if "flex" in executor.implementation or "paged" in executor.implementation:
         return f"attention implementation {executor.implementation!r}"

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from mmefficient.asking import question_at
 from mmefficient.packing import Units
 from mmefficient.points import Scope
 from mmefficient.prompt import HostFacts
@@ -124,7 +125,8 @@ class Prompt:
         facts = HostFacts.of(self.tokens.replace(role=role), self.scopes, 0, self.ids.device)
         breaks = int((role == Role.SEPARATOR).sum(1).max())
         answers = min(bucket(facts.answers), role.shape[1]) if facts.answers else 0
-        return replace(facts, separators=breaks, answers=answers)
+        question = replace(facts.question, longest=answers)  # of rows with images, which alone are asked about
+        return replace(facts, separators=breaks, answers=answers, question=question)
 
     @property
     def visual(self) -> bool:
@@ -181,12 +183,14 @@ class Unpacked:
         here = torch.arange(self.ids.shape[1], device=self.ids.device).repeat(len(self.ids), 1)
         return TokenMap(**rest, position=self.position, size=size, lives_until=until, carried_by=here)
 
-    def facts(self, host: HostFacts) -> HostFacts:
-        """`host` with its tensors on the device."""
+    def facts(self, host: HostFacts, tokens: TokenMap) -> HostFacts:
+        """`host` with its tensors on the device, where `tokens` are."""
         device = self.ids.device
         units = {
             scope: Units(known.units, known.rows.to(device), known.ordinals.to(device), key)
             for (scope, known), key in zip(sorted(host.units.items()), self.keys, strict=True)
         }
         last = self.ids.shape[1] - 1 - self.fill
-        return replace(host, units=units, last=last, tail=self.fill)
+        # the filling is no part of the question
+        asks = question_at(tokens, 0) & (torch.arange(self.ids.shape[1], device=device) <= last[:, None])
+        return replace(host, units=units, last=last, tail=self.fill, question=replace(host.question, at=asks))

@@ -99,10 +99,11 @@ def _read(
     rope = engine.rotary(hidden, given.position)
     prefill = None
     if acts:
-        state = PromptState(executor.run.plan, executor.run.mode, given.tokens(len(engine.adapter.layers)))
+        tokens = given.tokens(len(engine.adapter.layers))
+        state = PromptState(executor.run.plan, executor.run.mode, tokens)
         if tower is not None:
             tower = tower.like({name[len(TOWER) :]: x for name, x in inputs.items() if name.startswith(TOWER)})
-        facts = given.facts(prompt.facts)
+        facts = given.facts(prompt.facts, tokens)
         prefill = Prefill(state, facts, tower, simulate=False)
         prefill.enter(rope, None)
     batch, whole = given.ids.shape

@@ -2,7 +2,8 @@
 
 A method names its matcher in a field, so that a plan stays text:
 
-- `embeddings`: the language model's own input space; nothing to load, no text needed, every family.
+- `words`, `embeddings`: the language model's own input space, word by word or over the question as a whole; nothing to
+  load, no text needed, every family.
 - a folder or hub id of a CLIP checkpoint in transformers' format: the pair whose vision tower the model has.
 - `open_clip:ARCHITECTURE` or `open_clip:ARCHITECTURE/PRETRAINED`: an open_clip model that looks at the pictures itself
   (`pip install 'mmefficient[clip]'`).
@@ -15,9 +16,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 from mmefficient.errors import ModelError
-from mmefficient.matchers.base import EMBEDDINGS, Looker, Matcher, Seen
+from mmefficient.matchers.base import EMBEDDINGS, OWN, WORDS, Looker, Matcher, Seen
 
-__all__ = ["BLIP", "EMBEDDINGS", "Looker", "Matcher", "Seen", "load", "load_looker", "register"]
+__all__ = ["BLIP", "EMBEDDINGS", "OWN", "WORDS", "Looker", "Matcher", "Seen", "load", "load_looker", "register"]
 
 BLIP = "blip:"
 _registered: dict[str, Matcher | Looker] = {}

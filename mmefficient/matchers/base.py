@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-EMBEDDINGS = "embeddings"
-"""The matcher that needs none: image and text tokens at the language model's input are in one space already."""
+EMBEDDINGS, WORDS = "embeddings", "words"
+OWN = frozenset({EMBEDDINGS, WORDS})
+"""Matchers that need none: image and text tokens at the language model's input are in one space already. A patch is
+compared with the question's tokens as a whole, or with the one that it goes with best: see `MatchTokens.embedded`."""
 
 
 @dataclass(frozen=True)

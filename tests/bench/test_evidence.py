@@ -66,6 +66,9 @@ def test_the_page(result: dict[str, Any]) -> None:
     assert len(widths) == 1
     assert len(figure(result).axes) == 2
     assert len(figure({**result, "clock": {}}).axes) == 1
+    alone = {**result, "judged_by": {"count": "count/accuracy"}, "headline": "count/accuracy"}
+    assert "| count % |" in tables(alone)
+    assert len(figure(alone).axes) == 2
 
 
 def test_cells() -> None:

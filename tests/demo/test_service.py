@@ -86,7 +86,7 @@ def test_plans_are_put_together_and_explained(service: demo_service.Service) -> 
 def test_nothing_is_fetched_for_the_choice_of_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmefficient.matchers._load", lambda name: pytest.fail(f"asked for {name}"))
     service = demo_service.Service({"reference": mm.VLM.from_pretrained("reference", device="cpu")})
-    assert any("matcher=embeddings" in plan for plan in service.presets("reference"))
+    assert any("matcher=words" in plan for plan in service.presets("reference"))
 
 
 @pytest.mark.parametrize(

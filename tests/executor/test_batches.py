@@ -36,7 +36,7 @@ PLANS = [
     "prumerge()",
     "prumerge(keep=0.5,plus=True,positions=keep)",
     "hiprune(keep=0.6,alpha=0.8)",
-    "cdpruner(keep=0.4,matcher=embeddings,positions=keep)",
+    "cdpruner(keep=0.4,matcher=words,positions=keep)",
     "trim(keep=0.3,matcher=embeddings)",
     "trim(matcher=embeddings,positions=keep)+fastv(layer=1,keep=0.5)",
     "pyramiddrop(shares=(0.6,0.4,0.2))",

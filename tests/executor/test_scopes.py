@@ -113,7 +113,7 @@ def test_a_plan_chooses_the_scope() -> None:
     plan = Plan("fastv(layer=2,keep=0.5,scope=prompt)")
     assert str(plan) == "fastv(layer=2,keep=0.5,scope=prompt)"
     assert str(Plan("fastv(layer=2,keep=0.5,scope=image)")) == "fastv(layer=2,keep=0.5)"
-    with pytest.raises(PlanError, match="scope='crop' is none of image, tile, frame, prompt"):
+    with pytest.raises(PlanError, match="scope='crop' is none of 'image', 'tile', 'frame', 'prompt'"):
         Plan("fastv(layer=2,keep=0.5,scope=crop)")
 
 
@@ -127,7 +127,7 @@ def test_a_plan_chooses_the_scope() -> None:
         "divprune(keep=0.4,scope=tile)",
         "scope(keep=0.4,scope=image)",
         "vispruner(keep=0.4,scope=prompt)",
-        "cdpruner(keep=0.4,matcher=embeddings,scope=image)",
+        "cdpruner(keep=0.4,matcher=words,scope=image)",
         "dart(layer=1,keep=0.5,scope=tile)",
         "pyramiddrop(shares=(0.6,0.4,0.2),scope=prompt)",
     ],

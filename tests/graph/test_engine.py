@@ -30,6 +30,8 @@ PLANS = [
     "visionzip(dominant=0.4,contextual=0.2)+fastv(layer=1,keep=0.5)",
     "grid(keep=0.6)+fastv(layer=1,keep=0.5)+exit(layer=3)",
     "pyramiddrop(shares=(0.6,0.4,0.2))",
+    "cdpruner(keep=0.4,matcher=words,positions=keep)",
+    "cdpruner(keep=0.3,matcher=embeddings,positions=keep,scope=image)+fastv(layer=2,keep=0.5)",
     "composite",
     "saisa",
     "no_visual_self(scope=nothing,layers=(1,2))",
@@ -89,7 +91,15 @@ def test_ids_and_report_are_those_of_eager(family: str, plan: str) -> None:
     assert len(engine.captures) >= 4
 
 
-@pytest.mark.parametrize("plan", ["none", "fastv(layer=1,keep=0.5)", "thin_ffn+composite(layers=(0,2))"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "none",
+        "fastv(layer=1,keep=0.5)",
+        "thin_ffn+composite(layers=(0,2))",
+        "cdpruner(keep=0.5,matcher=words,positions=keep)",
+    ],
+)
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
 def test_one_recording_serves_other_prompts(family: str, plan: str) -> None:
     """Other words, other lengths of the same bucket, images at other places."""

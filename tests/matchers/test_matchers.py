@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from mmefficient import matchers
 from mmefficient.errors import ModelError, PlanError
 from mmefficient.matchers.base import Seen, pieces
 from mmefficient.matchers.pair import ClipPair
+from mmefficient.methods.reducers.cdpruner import CDPruner
 from mmefficient.models.base import PIXELS
+from mmefficient.models.reference.scenes import splits
 from mmefficient.plan import Plan
+from mmefficient.points import MatchTokens
 from mmefficient.vlm import VLM
 from tests import tiny
 from tests.executor.oracle import logits
@@ -186,3 +190,26 @@ def test_a_saved_pair_is_found(tmp_path: Path) -> None:
     assert isinstance(matchers.load(str(tmp_path)), ClipPair)
     with pytest.raises(ModelError, match="no CLIP checkpoint"):
         matchers.load(str(tmp_path / "nowhere"))
+
+
+def test_what_a_question_names_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patches of the object that a question names come first; over the whole question some do, with the sign turned."""
+    given: list[MatchTokens] = []
+    stock = CDPruner.reduce
+    monkeypatch.setattr(CDPruner, "reduce", lambda self, seen, n: given.append(seen.match) or stock(self, seen, n))
+    vlm = VLM.from_pretrained("reference", device="cpu")
+    shares = dict.fromkeys(matchers.OWN, 0.0)
+    for question in splits.load("val", kinds=["position"], limit=6):
+        [thing] = [thing for thing in question.scene.things if f"the {thing.name}?" in question.text]
+        for name in shares:
+            plan = f"cdpruner(keep=64,matcher={name})"
+            vlm.ask(question.image(), question.text, plan=plan, max_new_tokens=1)
+            relevance = given[-1].relevance()[0]
+            assert given[-1].inverted == (name == matchers.EMBEDDINGS)
+            side = math.isqrt(len(relevance))
+            centre = (torch.arange(side) + 0.5) * 336 / side
+            inside = ((centre - thing.y - thing.h / 2).abs() < thing.h / 2)[:, None]
+            inside = (inside & ((centre - thing.x - thing.w / 2).abs() < thing.w / 2)).flatten()
+            shares[name] += float(inside[relevance.topk(64).indices].sum() / inside.sum()) / 6
+    assert shares[matchers.WORDS] > 0.7
+    assert 0.15 < shares[matchers.EMBEDDINGS] < 0.7  # a ninth of the patches is 0.11 of the object's, were they drawn

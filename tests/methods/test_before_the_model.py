@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from mmefficient.errors import BudgetError, PlanError
+from mmefficient.matchers import OWN
 from mmefficient.merging import match, schedule
 from mmefficient.methods.reducers.cdpruner import CDPruner
 from mmefficient.methods.reducers.dart import Dart
@@ -153,18 +154,27 @@ def test_hiprune_reads_the_ninth_of_24_layers() -> None:
         HiPrune(alpha=2)
 
 
-def with_match(given: VisualTokens, pieces: Sequence[int], inverted: bool = True) -> VisualTokens:
+SPACES = ("inverted", "plain", *sorted(OWN))
+
+
+def with_match(given: VisualTokens, pieces: Sequence[int], space: str = "inverted") -> VisualTokens:
     """Random patches and questions of `pieces` pieces each."""
     valid = torch.arange(max(pieces)) < torch.tensor(pieces)[:, None]
-    patches = torch.randn(*given.valid.shape, 9) + 1
-    return replace(given, match=MatchTokens(patches, torch.randn(len(pieces), max(pieces), 9), valid, inverted))
+    patches, texts = torch.randn(*given.valid.shape, 9) + 1, torch.randn(len(pieces), max(pieces), 9)
+    if space in OWN:
+        return replace(given, match=MatchTokens.embedded(space, patches.bfloat16(), texts, valid))
+    return replace(given, match=MatchTokens(patches, texts, valid, space == "inverted"))
+
+
+def over_pieces(found: MatchTokens, values: list[float]) -> float:
+    value = max(values) if found.words else sum(values) / len(values)
+    return -value if found.inverted else value
 
 
 def slow_relevance(found: MatchTokens, row: int, count: int) -> list[float]:
     pieces = found.texts[row, found.valid[row]]
-    sign = -1 if found.inverted else 1
     patches = found.patches[row, :count]
-    return [sign * sum(float(F.cosine_similarity(p, t, dim=0)) for t in pieces) / len(pieces) for p in patches]
+    return [over_pieces(found, [float(F.cosine_similarity(p, t, dim=0)) for t in pieces]) for p in patches]
 
 
 def slow_cdpruner(hidden: torch.Tensor, length: Sequence[float], count: int) -> list[int]:
@@ -179,10 +189,10 @@ def slow_cdpruner(hidden: torch.Tensor, length: Sequence[float], count: int) -> 
     return sorted(picked)
 
 
-@pytest.mark.parametrize("inverted", [True, False])
+@pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("keep", [1, 3, 0.3])
-def test_cdpruner_equals_the_slow_rule(keep: float | int, inverted: bool) -> None:
-    given = with_match(tokens((4, 5), (2, 3), (3, 3)), (2, 1, 3), inverted)
+def test_cdpruner_equals_the_slow_rule(keep: float | int, space: str) -> None:
+    given = with_match(tokens((4, 5), (2, 3), (3, 3)), (2, 1, 3), space)
     units = tuple(replace(unit, row=row) for unit, row in zip(given.units, (0, 0, 2), strict=True))
     given = replace(given, units=units)
     assert given.match is not None
@@ -209,8 +219,8 @@ def test_cdpruner_takes_copies_last() -> None:
 
 def slow_trim(found: MatchTokens, row: int, count: int, keep: float | int | None) -> Found:
     pieces = F.normalize(found.texts[row, found.valid[row]], dim=-1)
-    products = [sum(float(p @ t) for t in pieces) / len(pieces) for p in found.patches[row, :count]]
-    scores = torch.tensor([-x if found.inverted else x for x in products]).softmax(0)
+    products = [over_pieces(found, [float(p @ t) for t in pieces]) for p in found.patches[row, :count]]
+    scores = torch.tensor(products).softmax(0)
     budget = max(1, standing_out(scores)) + 1 if keep is None else keep
     budget = budget if isinstance(budget, int) else max(1, int(budget * count + 0.5))
     held = best_first(scores)[: count if budget >= count else max(1, budget - 1)]
@@ -221,10 +231,10 @@ def slow_trim(found: MatchTokens, row: int, count: int, keep: float | int | None
     return mixes
 
 
-@pytest.mark.parametrize("inverted", [True, False])
+@pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("keep", [None, 4, 0.5, 1.0, 1])
-def test_trim_equals_the_slow_rule(keep: float | int | None, inverted: bool) -> None:
-    given = with_match(tokens((5, 6), (2, 3), (2, 2)), (1, 3, 2), inverted)
+def test_trim_equals_the_slow_rule(keep: float | int | None, space: str) -> None:
+    given = with_match(tokens((5, 6), (2, 3), (2, 2)), (1, 3, 2), space)
     assert given.match is not None
     selection, kept = chosen(Trim(keep=keep), given)
     compare(selection, kept, given, [slow_trim(given.match, u.row, u.count, keep) for u in given.units])

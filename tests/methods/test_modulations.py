@@ -338,7 +338,7 @@ def test_act_goes_on_alike_with_drafts_and_alone() -> None:
             greedy = model.generate(**alone, max_new_tokens=8, do_sample=False)
             lookup = model.generate(**alone, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
             assert torch.equal(greedy, lookup)
-    with pytest.raises(PlanError, match="neither 'all'"):
+    with pytest.raises(PlanError, match="none of 'all'"):
         Plan("act(sinks=none)")
 
 
@@ -430,6 +430,9 @@ class NoMatrix(TorchDispatchMode):
         return out
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is off; in float32 torch's own attention on CUDA makes a matrix"
+)
 @pytest.mark.parametrize(
     "plan",
     ["pai(first=3)+vhr+spin", "vaf(first=1,last=1)", "var(tau=1.5,first=3)", "paint(first=3)", "adhh(heads=((1,1),))"],

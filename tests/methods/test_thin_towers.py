@@ -39,7 +39,9 @@ def run(model: Any, batch: dict[str, Any], plan: str) -> tuple[torch.Tensor, lis
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("keep", "side", "middles"), [(0.25, 2, [1, 3]), (9, 3, [0, 2, 3]), (1, 1, [2])])
+@pytest.mark.parametrize(
+    ("keep", "side", "middles"), [(0.25, 2, [1, 3]), (9, 3, [0, 2, 3]), (1, 1, [2]), (1.0, 4, [0, 1, 2, 3])]
+)
 def test_smaller_pictures(family: str, keep: float | int, side: int, middles: list[int]) -> None:
     model = tiny.build(family)
     batch, crops = one_picture(family)
@@ -122,7 +124,7 @@ def test_towers_are_left_as_they_were() -> None:
         ("qwen2_5_vl", "tome(keep=0.5,positions=keep)", "no vision tower layer"),
         ("llava", "tome(keep=2)", "keep more"),
         ("llava", "downsample(keep=17)", "17"),
-        ("llava", "cdpruner(keep=4,matcher=nowhere)", "no CLIP checkpoint"),
+        ("llava", "cdpruner(keep=4,matcher='./nowhere')", "no CLIP checkpoint"),
     ],
 )
 def test_refused(family: str, plan: str, reason: str) -> None:

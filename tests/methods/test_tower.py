@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from mmefficient.plan import Plan
 from tests import tiny
+from tests.methods.test_before_the_model import slow_hiprune
 from tests.methods.test_reducers import slow_visionzip
 
 
@@ -74,6 +76,39 @@ def visual_rows(hidden: torch.Tensor, model: Any, before: int, after: int) -> to
     rows = hidden[before : len(hidden) - after]
     newline = getattr(model.model, "image_newline", None)
     return rows if newline is None else rows[~(rows == newline).all(-1)]
+
+
+@pytest.mark.parametrize("sizes", [((14, 30), (30, 20)), ((32, 20), (9, 16), (32, 32))])
+def test_hiprune_walks_in_crops_of_their_own_width(sizes: tuple[tuple[int, int], ...]) -> None:
+    """Pictures of unequal shape in one prompt; where padding is cut off, crops are narrower, each by something else."""
+    family, model, keep, alpha = "llava_next", tiny.build("llava_next"), 0.6, 0.9
+    ids, pixels, units, before = [2, 3], [], [], 0
+    model.set_attn_implementation({"vision_config": "eager"})
+    for size in sizes:
+        visual, given = tiny.visual_ids(family, size)
+        with torch.no_grad():
+            maps = model.model.vision_tower(given["pixel_values"][0], output_attentions=True).attentions
+        number = torch.arange(len(given["pixel_values"][0]) * 16).view(-1, 4, 4)
+        rows, cols = get_anyres_image_grid_shape(size, model.config.image_grid_pinpoints, 16)
+        whole = number[1:].view(rows, cols, 4, 4).transpose(1, 2).reshape(1, rows * 4, cols * 4)
+        order = [*range(16), *unpad_image(whole, size).flatten().tolist()]
+        for crop in range(len(number)):
+            places = [at for at, patch in enumerate(order) if patch // 16 == crop]
+            inside = [order[at] % 16 for at in places]
+            width = len({patch % 4 for patch in inside})
+            middle, late = (maps[layer][crop].mean((0, 1))[1:][inside] for layer in (0, 1))
+            units.append(([before + at for at in places], width, middle, late))
+        before += len(order)
+        ids, pixels = [*ids, *visual, 4], [*pixels, given]
+    model.set_attn_implementation({"vision_config": "sdpa"})
+    wanted = []
+    for places, width, middle, late in units:
+        count = max(1, int(keep * len(places) + 0.5))
+        wanted += [places[at] for at in slow_hiprune(middle, late, width, count, alpha)]
+    assert len({width for _, width, *_ in units}) > 1
+    with Plan(f"hiprune(keep={keep},alpha={alpha})").apply(model) as run, torch.no_grad():
+        model(**tiny.collate(family, [(ids, pixels), tiny.prompt(family, 0, 2, 5)]))
+    assert run.report().kept(0, 0).tolist() == sorted(wanted)
 
 
 def test_sizes_add_up() -> None:

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch.nn import functional as F
 
 from mmefficient.kernels.greedy_select import greedy_select
 from mmefficient.likeness import cosines
 from mmefficient.points import (
     SHARED,
-    MatchTokens,
     Positions,
     Reducer,
     Scope,
@@ -48,17 +46,9 @@ class CDPruner(Reducer):
 
     def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
         assert tokens.match is not None
-        length = spread_by_row(relevance(tokens.match), tokens)
+        length = spread_by_row(tokens.match.relevance(), tokens)
         kernel = length[:, :, None] * cosines(tokens.hidden) * length[:, None]
         return order_selection(greedy_select(kernel, tokens.valid, max(counts), objective="volume"), counts)
-
-
-def relevance(match: MatchTokens) -> torch.Tensor:
-    """float32 [U, N]: mean over the question's pieces of the cosine, negated where the matcher is inverted."""
-    patches, texts = F.normalize(match.patches, dim=-1), F.normalize(match.texts, dim=-1)
-    cosines = (patches @ texts.transpose(1, 2)).masked_fill(~match.valid[:, None], 0.0)
-    mean = cosines.sum(2) / match.valid.sum(1, keepdim=True).clamp(min=1)
-    return -mean if match.inverted else mean
 
 
 def spread_by_row(values: torch.Tensor, tokens: VisualTokens) -> torch.Tensor:
@@ -70,4 +60,5 @@ def spread_by_row(values: torch.Tensor, tokens: VisualTokens) -> torch.Tensor:
         per_row = torch.full((max(unit.row for unit in tokens.units) + 1,), beyond, device=values.device)
         ends.append(per_row.scatter_reduce_(0, rows, per_unit, how)[rows, None])
     low, high = ends
-    return torch.where(high > low, (values - low + 1e-6) / (high - low), 1.0).masked_fill(~tokens.valid, 0.0)
+    stretched = (values - low + 1e-6) / (high - low)
+    return stretched.masked_fill(high <= low, 1.0).masked_fill(~tokens.valid, 0.0)

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 import torch
 
-from mmefficient.errors import PlanError
 from mmefficient.points import Reducer, Scope, Selection, Unit, VisualTokens, about
 from mmefficient.profiles import Checkpoint
 
@@ -26,11 +25,6 @@ class Exit(Reducer):
     layer: int | Literal["auto"] = field(
         metadata=about("decoder layer at whose input every visual token leaves; auto = the checkpoint's profile")
     )
-
-    def __post_init__(self) -> None:
-        if self.layer != "auto" and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
-            raise PlanError(f"exit: layer={self.layer!r} is neither a whole number nor 'auto'.")
-        super().__post_init__()
 
     @property
     def site(self) -> int:

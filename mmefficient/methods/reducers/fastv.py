@@ -38,8 +38,6 @@ class FastV(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.over not in ("site", "layers"):
-            raise PlanError(f"fastv: over={self.over!r} is neither 'site' nor 'layers'.")
         if self.over == "layers" and not isinstance(self.keep, float):
             raise PlanError("fastv: a mean over layers is a fraction; write keep=0.25, or over=site for a count.")
         if self.layer == 0:

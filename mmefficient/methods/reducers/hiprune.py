@@ -35,7 +35,7 @@ class HiPrune(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in (("alpha", self.alpha), ("depth", self.depth)):
-            if isinstance(value, bool) or not 0 <= value <= 1:
+            if not 0 <= value <= 1:
                 raise PlanError(f"hiprune: {name}={value} is outside [0, 1].")
 
     @property
@@ -48,10 +48,11 @@ class HiPrune(Reducer):
         anchors = [round(resolve_budget(self.keep, unit) * self.alpha / 5) for unit in tokens.units]
         ranked = middle.masked_fill(~tokens.valid, float("-inf")).argsort(dim=1, descending=True, stable=True)
         chosen = torch.zeros_like(late)
+        grids = [unit.grids for unit in tokens.units]  # one each: a crop is one grid
         if max(anchors) > 0:
             # an anchor, then its left, right, upper and lower neighbour; over a row's end the next row goes on
             # torch.tensor, not new_tensor: the graph engine keeps what is made of host values by it
-            widths = torch.tensor([unit.grids[0][1] for unit in tokens.units], device=ranked.device)[:, None]
+            widths = torch.tensor([columns for ((_, columns),) in grids], device=ranked.device)[:, None]
             moves = torch.cat([torch.zeros_like(widths), widths * 0 - 1, widths * 0 + 1, -widths, widths], 1)
             last = torch.tensor([unit.count - 1 for unit in tokens.units], device=ranked.device)[:, None, None]
             near = (ranked[:, : max(anchors), None] + moves[:, None]).clamp(min=0).minimum(last)

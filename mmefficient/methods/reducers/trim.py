@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from torch.nn import functional as F
 
 from mmefficient.outliers import outliers, with_rest, without_rest
-from mmefficient.points import MatchTokens, Positions, Reducer, Scope, Selection, VisualTokens, about
+from mmefficient.points import Positions, Reducer, Scope, Selection, VisualTokens, about
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Trim(Reducer):
 
     def choose(self, tokens: VisualTokens) -> tuple[Selection, list[int]]:
         assert tokens.match is not None
-        scores = likelihood(tokens.match, tokens.valid)
+        scores = tokens.match.relevance(lengths=True).masked_fill(~tokens.valid, float("-inf")).softmax(1)
         if self.keep is None:
             standing = outliers(scores, tokens)
             counts = [min(unit.count, max(1, count) + 1) for unit, count in zip(tokens.units, standing, strict=True)]
@@ -52,15 +51,3 @@ class Trim(Reducer):
         mean = torch.ones_like(scores) / others.clamp(min=1)[:, None]
         eye = torch.eye(kept.shape[1], device=kept.device).expand(len(kept), -1, -1)
         return with_rest(kept, tokens, counts, eye, mean), counts
-
-
-def likelihood(match: MatchTokens, valid: torch.Tensor) -> torch.Tensor:
-    """float32 [U, N]: softmax over patches of their product with the question, negated where the matcher is inverted.
-
-    The question counts with length 1, the patches with the length they have.
-    """
-    texts = F.normalize(match.texts, dim=-1)
-    products = (match.patches @ texts.transpose(1, 2)).masked_fill(~match.valid[:, None], 0.0)
-    mean = products.sum(2) / match.valid.sum(1, keepdim=True).clamp(min=1)
-    signed = -mean if match.inverted else mean
-    return signed.masked_fill(~valid, float("-inf")).softmax(1)

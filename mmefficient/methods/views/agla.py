@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from mmefficient.errors import ModelError, PlanError
-from mmefficient.matchers import BLIP, EMBEDDINGS
+from mmefficient.matchers import BLIP, WORDS
 from mmefficient.methods.views.vcd import check_share, plausible
-from mmefficient.points import MatchTokens, about
+from mmefficient.points import about
 from mmefficient.view import Sight, View
 
 UNKNOWN = 0.6  # share that stays where no one says how well the question fits
@@ -32,14 +32,12 @@ class AGLA(View):
         default="auto",
         metadata=about("share of the pixels that stay; auto = by how well BLIP says the question fits, else 0.6"),
     )
-    matcher: str = field(
-        default=EMBEDDINGS, metadata=about("what compares patches with the question: see docs/matchers.md")
-    )
+    matcher: str = field(default=WORDS, metadata=about("what compares patches with the question: see docs/matchers.md"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.name, self.beta)
-        if self.keep != "auto" and (isinstance(self.keep, str) or not 0 < self.keep <= 1):
+        if self.keep != "auto" and not 0 < self.keep <= 1:
             raise PlanError(f"agla: keep={self.keep!r} is neither 'auto' nor a share of the pixels in (0, 1].")
 
     @property
@@ -56,7 +54,7 @@ class AGLA(View):
             share = (1 - cosine / 2).clamp(max=1 - 1e-5)
         else:
             assert sight.match is not None
-            map_ = relevance(sight.match)
+            map_ = sight.match.relevance()
             share = torch.full((len(map_),), UNKNOWN, device=map_.device)
         if len(map_) != len(pixels) or math.isqrt(map_.shape[1]) ** 2 != map_.shape[1]:
             raise ModelError("agla needs pictures whose patches form a square; this family cuts them otherwise.")
@@ -67,14 +65,6 @@ class AGLA(View):
 
     def combine(self, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return plausible(own + self.alpha * other, own, self.beta)
-
-
-def relevance(match: MatchTokens) -> torch.Tensor:
-    """How well every patch goes with the question, float32 [N, T]: mean cosine over the question's pieces."""
-    patches, texts = F.normalize(match.patches, dim=-1), F.normalize(match.texts, dim=-1)
-    cosine = (patches @ texts.transpose(1, 2)).masked_fill(~match.valid[:, None], 0.0)
-    mean = cosine.sum(2) / match.valid.sum(1, keepdim=True).clamp(min=1)
-    return -mean if match.inverted else mean
 
 
 def mask(relevance: torch.Tensor, size: tuple[int, int], keep: torch.Tensor) -> torch.Tensor:
