@@ -35,7 +35,7 @@ def latency(
     model: Model = "reference",
     plan: Plans = None,
     engine: Engines = None,
-    batch: Annotated[list[int] | None, typer.Option(help="A batch size; repeat for more.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="A batch size; repeat for more.")] = None,
     repeats: Repeats = 20,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated per row.")] = 16,
     picture: Picture = "672x672",
@@ -66,7 +66,9 @@ def throughput(
     model: Model = "reference",
     plan: Plans = None,
     engine: Engines = None,
-    batch: Annotated[list[int] | None, typer.Option(help="A batch size; repeat for more. 1, 4, 8, 16, 32.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="A batch size; repeat for more. 1, 4, 8, 16, 32.")
+    ] = None,
     repeats: Repeats = 5,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated per row.")] = 16,
     picture: Picture = "672x672",
@@ -97,8 +99,10 @@ def scaling(
     model: Model = "reference",
     plan: Plans = None,
     engine: Engines = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="Visual tokens; repeat for more. 64 to 32768.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="A batch size; repeat for more. 1 and 8.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Visual tokens; repeat for more. 64 to 32768.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="A batch size; repeat for more. 1 and 8.")] = None,
     repeats: Repeats = 5,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -117,7 +121,7 @@ def scaling(
 def rows(
     plan: Plans = None,
     images: Annotated[
-        list[int] | None, typer.Option(help="Pictures of 576 tokens per prompt; repeat for more. 1, 5, 14, 57.")
+        list[int] | None, typer.Option(min=1, help="Pictures of 576 tokens per prompt; repeat for more. 1, 5, 14, 57.")
     ] = None,
     engine: Annotated[list[str] | None, typer.Option(help="graph, the default, or eager; repeat for both.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
@@ -142,7 +146,7 @@ def rows(
 def reuse(
     plan: Plans = None,
     images: Annotated[
-        list[int] | None, typer.Option(help="Pictures of 576 tokens per prompt; repeat for more. 1, 5, 14.")
+        list[int] | None, typer.Option(min=1, help="Pictures of 576 tokens per prompt; repeat for more. 1, 5, 14.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions in a batch, about the same pictures.")] = 1,
     repeats: Repeats = 5,
@@ -259,7 +263,9 @@ def evidence(
     limit: Annotated[int | None, typer.Option(min=1, help="Questions in all, spread over the kinds.")] = None,
     budget: Annotated[list[float] | None, typer.Option(help="Only this share of tokens; repeat for more.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only plans with this method; repeat for more.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="A batch size to time; repeat for more. 1 and 8.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="A batch size to time; repeat for more. 1 and 8.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per batch.")] = None,
     engine: Annotated[str, typer.Option(help="What runs the timed plans; eager where it cannot.")] = "eager",
     kind: Annotated[list[str] | None, typer.Option(help="Only this kind of question; repeat for more.")] = None,

@@ -165,5 +165,6 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
         run("latency", "--picture", "wide")
     with pytest.raises(ModelError):
         run("latency", "--model", "llava-9000")
+    assert run("latency", "--batch", "0").exit_code == run("scaling", "--tokens", "0").exit_code == 2
     with pytest.raises(PlanError, match="fastvv"):  # before the model
         run("latency", "--model", "llava-9000", "--plan", "fastvv(keep=0.5)")
