@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from mmefficient.demo.plans import plan_tab
 from mmefficient.demo.service import Service
 from mmefficient.demo.uploads import MAX_BYTES
 from mmefficient.demo.views import CSS
+from mmefficient.errors import InputError
 from mmefficient.models.reference.scenes import splits
 from mmefficient.vlm import VLM
 
@@ -89,7 +91,11 @@ def serve(
         port: None takes the first free one from 7860 on.
         share: also open a public link through Gradio's servers.
         auth: user and password that the page asks for.
+
+    Raises:
+        InputError: this machine cannot listen on that address or port.
     """
+    _check_free(host, port)
     service = Service({name: VLM.from_pretrained(name, device=device, dtype=dtype) for name in models})
     folder = tempfile.TemporaryDirectory(prefix="mmefficient-demo-")
     page = build(service, Path(folder.name))
@@ -111,6 +117,17 @@ def serve(
         quiet=True,
     )
     return Demo(page, address, folder)
+
+
+def _check_free(host: str, port: int | None) -> None:
+    """Gradio would try a hundred ports of an address that is not here."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+        with socket.create_server((address[0], port or 0), family=family):
+            pass
+    except (OSError, OverflowError) as error:
+        place = host if port is None else f"{host}, port {port}"
+        raise InputError(f"The demo cannot listen on {place} ({error}); choose another --host or --port.") from error
 
 
 if __name__ == "__main__":

@@ -119,17 +119,16 @@ def show(
 
     quiet()
     picture = load_image(_picture(image))
+    _drawable(out)
     from mmefficient.draw import kept_tokens
+    from mmefficient.plan import Plan
     from mmefficient.vlm import VLM
 
+    plans = [Plan(each) for each in plan]
     vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
-    answers = [vlm.ask(picture, question, plan=each, max_new_tokens=max_new_tokens) for each in plan]
+    answers = [vlm.ask(picture, question, plan=each, max_new_tokens=max_new_tokens) for each in plans]
     drawn = kept_tokens(picture, [(answer.report, answer.text) for answer in answers])
-    try:
-        drawn.save(out, format="PNG")
-    except OSError as error:
-        raise InputError(f"{out} cannot be written ({error.strerror}); choose another path for --out.") from error
-    print(f"wrote {out}")
+    _draw(drawn, out)
 
 
 @app.command(epilog="Examples:\n\nmmefficient methods\n\nmmefficient methods --json")
@@ -243,7 +242,7 @@ def heads(
     question: Annotated[str, typer.Option(help="What is asked about it.")] = "Describe the image.",
     model: Model = "reference",
     scenes: Annotated[int, typer.Option(min=1, help="How many scenes, without a picture.")] = 16,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The drawing.")] = Path("heads.png"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("heads.png"),
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -253,13 +252,13 @@ def heads(
     from mmefficient.vlm import VLM
 
     quiet()
+    _drawable(out)
     vlm = VLM.from_pretrained(model, device=device, dtype=dtype)
     asked: list[tuple[Any, str]] = [(_picture(image), question)] if image else []
     if not asked:
         found = splits.load("val", ["caption-counterfactual"], scenes)
         asked = [(each.image(), question) for each in found]
-    draw(measure(vlm, asked), f"{model}: means over {len(asked)} prompt(s), {question!r}").save(out)
-    print(out)
+    _draw(draw(measure(vlm, asked), f"{model}: means over {len(asked)} prompt(s), {question!r}"), out)
 
 
 @app.command(epilog="Examples:\n\nmmefficient env\n\nmmefficient env --json")
@@ -292,6 +291,20 @@ def _picture(image: str) -> str:
     from mmefficient.models import reference
 
     return str(reference.sample_picture())
+
+
+def _drawable(out: Path) -> None:
+    """Refuse a place where nothing can be written before a model has worked for it."""
+    if not out.parent.is_dir() or out.is_dir():
+        raise InputError(f"{out} cannot be written: there is no such folder, or it is one; choose another --out.")
+
+
+def _draw(drawing: Any, out: Path) -> None:
+    try:
+        drawing.save(out, format="PNG")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error.strerror}); choose another --out.") from error
+    print(f"wrote {out}")
 
 
 def _dtype_name(vlm: Any) -> str:

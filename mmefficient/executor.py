@@ -7,157 +7,37 @@ rides on its cache; the executor itself holds nothing but configuration, so thre
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache
 
 from mmefficient.asking import question_at
-from mmefficient.attention import KEY, Probe, scoring
+from mmefficient.attention import KEY, scoring
 from mmefficient.blind import Blind
 from mmefficient.cache import fit_layer, stored_rows
 from mmefficient.call import Call
-from mmefficient.errors import InputError, ModelError, PlanError
+from mmefficient.errors import InputError, ModelError
 from mmefficient.masks import decode_mask, prefill_mask
 from mmefficient.matchers import OWN, WORDS, load_looker
-from mmefficient.modulation import Modulation, by_layer
-from mmefficient.offer import Parts, Rope
-from mmefficient.points import LayerMethod, Method, Reducer, Scope
-from mmefficient.profiles import Checkpoint
+from mmefficient.placement import Placement
 from mmefficient.prompt import HostFacts, PromptState
 from mmefficient.reduction import Prefill
-from mmefficient.row_checks import check_layer
-from mmefficient.rows import LayerPlan, RowLayer
-from mmefficient.run import Run
+from mmefficient.rows import RowLayer
 from mmefficient.tokens import TokenMap, build
-from mmefficient.view import Sight, Stream, View, matches, repeated, rows_of
-from mmefficient.vision import Vision, Watcher
-
-if TYPE_CHECKING:
-    from mmefficient.models.base import Adapter
+from mmefficient.view import Sight, matches, repeated, rows_of
+from mmefficient.vision import SEEN, Vision
 
 STATE = "_mmefficient_state"
-FROM_LAYER_BEFORE = frozenset({"last_row_attention", "question_attention", "key_norm"})
-FROM_OWN_LAYER = frozenset({"own_row_attention", "own_heads"})
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 Hooked = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class Executor:
-    """A plan on one model."""
-
-    def __init__(
-        self, model: nn.Module, adapter: Adapter, methods: Sequence[Method], run: Run, tokenizer: Any = None
-    ) -> None:
-        self.model, self.adapter, self.methods, self.run = model, adapter, tuple(methods), run
-        self.tokenizer = tokenizer
-        checkpoint = Checkpoint(model, len(adapter.layers))
-        stages = [stage for method in methods for stage in method.stages(checkpoint)]
-        # stable: a plan's order within a layer
-        self.reducers = sorted((each for each in stages if isinstance(each, Reducer)), key=lambda each: each.site)
-        self.modulated = by_layer([each for each in stages if isinstance(each, Modulation)], len(adapter.layers))
-        blinding = [layer for layer, each in self.modulated.items() if any("blind" in m.needs for m in each)]
-        self.blind_until = max(blinding, default=-1)
-        self.layered = [each for each in stages if isinstance(each, LayerMethod)]
-        views = [each for each in stages if isinstance(each, View)]
-        self.stream = Stream(views[0], adapter, tokenizer) if views else None
-        self.watcher = Watcher(adapter, stages)
-        self.reads_words = bool(self.watcher.matchers) or any("look" in each.needs for each in stages)
-        self.configs = self._text_configs()
-        self.implementation: str = adapter.decoder.config._attn_implementation
-        self.flash = "flash" in self.implementation
-        self.asked = {
-            layer: [r for r in self.reducers if r.site == layer + 1 and r.needs & FROM_LAYER_BEFORE]
-            for layer in range(len(adapter.layers))
-        }
-        self.attending = any(r.weighted or r.needs & (FROM_LAYER_BEFORE | FROM_OWN_LAYER) for r in self.reducers)
-        self.attending |= bool(self.modulated)
-        self.rated = [r for r in self.reducers if "question_attention" in r.needs]
-        whole: set[Scope] = {"prompt"} if self.rated or self.modulated else set()
-        self.scopes: set[Scope] = {r.scope for r in self.reducers} | whole
-        if self.methods:
-            self._check()
-        self.planned = self._planned()
-        if self.planned:  # they ask how many visual tokens are left
-            self.scopes.add("prompt")
-
-    @property
-    def acting(self) -> bool:
-        """Whether anything acts on a prompt with images while the language model reads it."""
-        return bool(self.reducers or self.modulated or self.planned)
-
-    def _text_configs(self) -> list[Any]:
-        found = [self.adapter.decoder.config, self.adapter.config.get_text_config(decoder=True)]
-        found += [getattr(getattr(layer, "self_attn", None), "config", None) for layer in self.adapter.layers]
-        return list({id(config): config for config in found if config is not None}.values())
-
-    def _check(self) -> None:
-        """Raises PlanError or ModelError if this model cannot carry the plan."""
-        layers = self.adapter.layers
-        for reducer in self.reducers:
-            if reducer.site >= len(layers):
-                last = len(layers) - 1
-                raise PlanError(f"{reducer}: layer {reducer.site} is out of range; the model has layers 0 to {last}.")
-            if reducer.site == 0 and reducer.needs & FROM_LAYER_BEFORE:
-                raise PlanError(f"{reducer}: layer 0 has no layer before it to learn from; use layer >= 1.")
-            if reducer.position_policy == "compact" and self.adapter.mrope:
-                raise PlanError(f"{reducer}: positions here are (time, height, width) triplets; use positions='keep'.")
-        name = type(self.adapter.decoder).__name__
-        if any(not hasattr(getattr(layer, "self_attn", None), "layer_idx") for layer in layers):
-            raise ModelError(f"{name} mixes attention with other sequence layers, whose state cannot drop tokens.")
-        if any(hasattr(layer.self_attn, "kv_lora_rank") for layer in layers):
-            raise ModelError(f"{name} uses latent attention (MLA), whose cache layout is not supported.")
-        kinds = set(getattr(self.adapter.decoder.config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise ModelError(f"{name} has {', '.join(sorted(kinds))} layers; only full attention can drop tokens.")
-        if self.reads_words and self.tokenizer is None:
-            raise PlanError(
-                f"{self.run.plan} compares patches with the words of the question; ask through VLM, or pass "
-                "tokenizer=processor.tokenizer to Plan.apply."
-            )
-        scoring(self.implementation)
-        if self.attending and (getattr(self.model, "tp_size", None) or 1) > 1:
-            raise ModelError(
-                "tensor-parallel ranks see their own heads alone and would decide differently; use one device."
-            )
-
-    def _planned(self) -> dict[int, LayerPlan]:
-        """What patterns and row policies come to, by layer."""
-        found: dict[int, LayerPlan] = {}
-        if not self.layered:
-            return found
-        for method in self.layered:
-            if method.last >= len(self.adapter.layers):
-                last = len(self.adapter.layers) - 1
-                raise PlanError(f"{method}: layer {method.last} is out of range; the model has layers 0 to {last}.")
-        if any(reducer.weighted for reducer in self.reducers):
-            raise PlanError(f"{self.layered[0]} does not know keys that count by size; leave one of the two out.")
-        if (getattr(self.model, "tp_size", None) or 1) > 1:
-            raise ModelError("tensor-parallel layers cannot be run apart for visual rows; use one device.")
-        if self.flash and self.run.mode == "simulate":
-            raise ModelError(
-                "hiding pairs needs an explicit mask; load with attn_implementation='sdpa' or use 'apply'."
-            )
-        for index, layer in enumerate(self.adapter.layers):
-            plan = LayerPlan.of(self.layered, index, self.adapter)
-            if plan is not None and self.modulated.get(index):
-                raise PlanError(
-                    f"{self.modulated[index][0]} changes attention in layer {index}, in which {self.run.plan} has "
-                    "visual rows do less; give them different layers."
-                )
-            apart = plan is not None and (plan.work.attention != "full" or plan.pairs is not None)
-            if apart and index < self.blind_until:
-                raise PlanError(
-                    f"{self.run.plan} has visual rows attend to less in layer {index}, beside which the prompt is also "
-                    "read without its image; give them later layers."
-                )
-            if plan is not None:
-                check_layer(layer, plan, self.adapter, self.flash)
-                found[index] = plan
-        return found
+class Executor(Placement):
+    """A plan on one model, by hooks."""
 
     def attach(self, undo: list[Callable[[], Any]]) -> None:
         """Put the plan on the model; adds to `undo` what takes it off, to be called in reverse, also if this raises."""
@@ -265,18 +145,21 @@ class Executor:
         for kind in call.kinds:
             if kwargs.get(PIXELS[kind]) is not None:
                 continue
-            output = encoded.get(kind)
-            if output is not None and kind not in given:
-                raise InputError(f"the {kind}s were encoded outside the plan; pass pixel values instead.")
-            vision = given[kind] if output is not None else Vision([], [])
+            output, vision = encoded.get(kind), Vision([], [])
             if output is not None:
+                known = given.get(kind) or getattr(output, SEEN, None)
+                if known is None:
+                    raise InputError(f"the {kind}s were encoded outside the plan; pass pixel values instead.")
+                vision = known
                 call.repeats[kind] = max(1, len(output.pooler_output) // max(1, len(vision.layouts)))
             call.receive(kind, vision)
         self.watcher.expect(call.receive)
 
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """The call is over, well or badly."""
-        call: Call | None = kwargs.get(KEY)
+        call = kwargs.get(KEY)
+        if not isinstance(call, Call):  # `on_base` has raised, or the call continues a prompt without the plan
+            call = None
         if call is None or call.new:  # decoding steps encode nothing, and may be compiled
             self.watcher.settle()
             self.watcher.take()
@@ -359,16 +242,6 @@ class Executor:
         varied = {**vision.given, "pixel_values": view.pictures(Sight(pixels, **facts))}
         return repeated(varied, len(embeds), repeats)
 
-    def look(self, tokens: TokenMap) -> None:
-        """Note whether a new prompt has images; raises ModelError if their tower facts are wanted and do not exist."""
-        seen = tokens.visual
-        self.run.saw_images |= bool(seen.any())
-        if self.watcher.watching and bool((tokens.source[seen] < 0).any()):
-            raise ModelError(
-                "some visual tokens are resampled after the vision tower (videos and very large images are); "
-                "use a method that works inside the language model, such as fastv."
-            )
-
     def on_layer(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked | None:
         """Let reducers act, and fit rope, positions, mask and cache to the rows the layer holds."""
         call: Call | None = kwargs.get(KEY)
@@ -412,37 +285,6 @@ class Executor:
         position = None if self.flash else prefill.position
         fitted = dict(kwargs, position_embeddings=prefill.rope, position_ids=position, attention_mask=new)
         return (hidden, *args[1:]), fitted
-
-    def parts(self, layer: Any, call: Call | None) -> Parts:
-        """What reductions at the input of `layer` may use; without a call there are no texts."""
-        return Parts(self._project, self._rotary, partial(self._heads, layer), partial(self._texts, call), self._norm)
-
-    def _project(self, features: torch.Tensor) -> torch.Tensor:
-        projector = self.adapter.tower_parts()[0]
-        return projector(features)
-
-    def _norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = self.adapter.decoder.norm(hidden)
-        return normed
-
-    def _texts(self, call: Call | None, matcher: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        assert call is not None
-        return self.watcher.matchers[matcher].texts(call.words, device)
-
-    def _rotary(self, hidden: torch.Tensor, position: torch.Tensor) -> Rope:
-        return self.adapter.decoder.rotary_emb(hidden, position)
-
-    def _heads(self, layer: Any, hidden: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Query, key and scale of a layer: its attention module is run, and stopped where attention would begin."""
-        probe = Probe()
-        layer.self_attn(
-            hidden_states=layer.input_layernorm(hidden),
-            position_embeddings=rope,
-            attention_mask=None,
-            past_key_values=None,
-            **{KEY: probe},
-        )
-        return probe.query, probe.key, probe.scale
 
 
 def _set_attention(config: Any, implementation: str) -> None:

@@ -24,6 +24,11 @@ def token_flops(config: Any) -> int:
     return 2 * (width * head_size(config) * (2 * heads + 2 * key_heads(config)) + 3 * width * ffn_width(config))
 
 
+def stored_flops(config: Any) -> int:
+    """FLOPs of one token's key and value in one decoder layer."""
+    return 2 * config.hidden_size * 2 * key_heads(config) * head_size(config)
+
+
 def ffn_width(config: Any) -> int:
     """Inner width of the FFN that one token passes through."""
     experts = getattr(config, "num_experts_per_tok", None) or 1

@@ -92,6 +92,8 @@ def _decode(file: IO[bytes], name: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if 0 in image.size:
+        raise InputError(f"{name} is {image.width} x {image.height} pixels and so empty; give a picture.")
     try:
         return _flatten(ImageOps.exif_transpose(image))  # which is a copy, turned or not
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

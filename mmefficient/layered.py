@@ -48,7 +48,7 @@ EVERYTHING = VisualWork()
 
 @dataclass(frozen=True)
 class LayerMethod(Method):
-    """A method that acts within chosen decoder layers: its field `layers` is "all" or a tuple of layer numbers."""
+    """A method that acts within chosen decoder layers: its field `layers: Layers` is "all" or a tuple of numbers."""
 
     counts: ClassVar[bool] = False
     """Whether `layers` may also be a number of layers, which `stages` resolves."""
@@ -56,10 +56,9 @@ class LayerMethod(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         layers: Any = getattr(self, "layers", "all")
-        if layers == "all" or (self.counts and isinstance(layers, int) and not isinstance(layers, bool) and layers > 0):
+        if layers == "all" or (self.counts and isinstance(layers, int) and layers > 0):
             return
-        whole = isinstance(layers, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in layers)
-        if not whole or not layers or min(layers) < 0 or len(set(layers)) < len(layers):
+        if not isinstance(layers, tuple) or not layers or min(layers) < 0 or len(set(layers)) < len(layers):
             raise PlanError(
                 f"{self.name}: layers={layers!r} is neither 'all' nor a tuple of layers such as (8, 9, 10)."
             )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mmefficient.errors import InputError
 from mmefficient.images import ImageSource, load_image, to_device
 
 Images = ImageSource | Sequence[ImageSource] | None
@@ -14,7 +15,13 @@ Message = dict[str, Any]
 
 
 def user_message(images: Sequence[Any], question: str) -> Message:
-    """One user turn in transformers' chat format: the images, then the question."""
+    """One user turn in transformers' chat format: the images, then the question.
+
+    Raises:
+        InputError: the question is not text.
+    """
+    if not isinstance(question, str):
+        raise InputError(f"A question is text, not a {type(question).__name__}; several go to ask_batch.")
     parts: list[Message] = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmefficient.decisions import TowerLayer
-from mmefficient.errors import PlanError
+from mmefficient.fields import check_fields
 
 if TYPE_CHECKING:
     from mmefficient.profiles import Checkpoint
@@ -47,12 +47,7 @@ class Method:
     """Layers of the tower that the method reads besides the one whose output is used; may be a property."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, list):  # JSON has no tuples
-                object.__setattr__(self, f.name, tuple(value))
-            if f.type in (int, "int") and (isinstance(value, bool) or not isinstance(value, int)):
-                raise PlanError(f"{self.name}: {f.name}={value!r} is not a whole number.")
+        check_fields(self)
 
     def __str__(self) -> str:
         given = [(f, getattr(self, f.name)) for f in fields(self)]

@@ -43,8 +43,10 @@ class Plan:
             self.methods = tuple(_parse(methods))
         elif isinstance(methods, Plan):
             self.methods = methods.methods
-        else:
+        elif methods is None or isinstance(methods, Iterable):
             self.methods = tuple(methods or ())
+        else:
+            raise PlanError(f"{methods!r} is not a plan; give its text, or a list of method instances.")
         _compose(self.methods)
 
     def __str__(self) -> str:
@@ -139,14 +141,18 @@ def _parse(text: str) -> Iterator[Method]:
         return
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError as error:
+    except (SyntaxError, ValueError, RecursionError) as error:  # ValueError: null bytes
         example = "fastv(layer=2,keep=0.25)+exit(layer=8)"
         raise PlanError(f"cannot read the plan {text!r}; write it like {example!r}.") from error
     for call in _terms(tree, text):
         if call.args or any(keyword.arg is None for keyword in call.keywords):
             raise PlanError(f"in {ast.unparse(call)!r} every value needs its name, as in 'fastv(layer=2,keep=0.25)'.")
-        name = call.func.id  # type: ignore[attr-defined]
-        yield _make(name, {str(keyword.arg): _value(keyword, text) for keyword in call.keywords})
+        values: dict[str, Any] = {}
+        for keyword in call.keywords:
+            if keyword.arg in values:
+                raise PlanError(f"{ast.unparse(call)!r} gives {keyword.arg} twice; leave one of the two out.")
+            values[str(keyword.arg)] = _value(keyword, text)
+        yield _make(call.func.id, values)  # type: ignore[attr-defined]
 
 
 def _terms(tree: ast.expr, text: str) -> Iterator[ast.Call]:
@@ -166,7 +172,7 @@ def _value(keyword: ast.keyword, text: str) -> Any:
         return keyword.value.id
     try:
         return ast.literal_eval(keyword.value)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: a list as a key
         raise PlanError(f"{ast.unparse(keyword)!r} in the plan {text!r} is not a plain value.") from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -83,6 +83,9 @@ class Reducer(Method):
     """What shares a budget, for methods without a field `scope`."""
     space: ClassVar[Literal["lm", "tower"]] = "lm"
     """Whose features `Selection.mix` mixes; tower features go through the projector afterwards."""
+    ignores_hidden: ClassVar[bool] = False
+    """Whether nothing that `VisualTokens.hidden` holds changes the decision, which mixes no features: then
+    the rows that leave need not finish the layer before."""
     class_token: ClassVar[str] = ""
     """What stands in for the tower's CLS token where there is none; empty: the method does without one everywhere."""
 
@@ -116,15 +119,11 @@ class Reducer(Method):
         return getattr(self, "positions", "keep")
 
     def __post_init__(self) -> None:
-        if self.position_policy not in ("keep", "compact"):
-            raise PlanError(f"{self.name}: positions={self.position_policy!r} is neither 'keep' nor 'compact'.")
-        if self.scope not in get_args(Scope):
-            raise PlanError(f"{self.name}: scope={self.scope!r} is none of {', '.join(get_args(Scope))}.")
+        if (keep := getattr(self, "keep", None)) is not None:
+            check_budget(f"{self.name}: keep", keep)
         super().__post_init__()
         if self.site < 0:
             raise PlanError(f"{self.name}: layer={self.site} is not a layer number; count from 0.")
-        if (keep := getattr(self, "keep", None)) is not None:
-            check_budget(f"{self.name}: keep", keep)
 
     def raters(self, tokens: VisualTokens) -> torch.Tensor:
         """bool [U, Q]: whose attention `VisualTokens.attention` is ("question_attention"); identity: all question rows.

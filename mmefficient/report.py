@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mmefficient.errors import InputError
 from mmefficient.flops import layer_flops, visual_savings
 from mmefficient.points import VisualWork
 from mmefficient.tokens import Role, TokenMap
@@ -97,7 +98,14 @@ class Report:
         return cls(plan, mode, rows, computed, full, stored, lives_until=lives, places=places, merged_into=merged)
 
     def kept(self, row: int, layer: int) -> torch.Tensor:
-        """int64 indices, ascending, into the visual tokens of `row` (prompt order) that decoder layer `layer` held."""
+        """int64 indices, ascending, into the visual tokens of `row` (prompt order) that decoder layer `layer` held.
+
+        Raises:
+            InputError: there is no such row or layer.
+        """
+        layers = len(self.rows[0].kept_per_layer)
+        if not (0 <= row < len(self.rows) and 0 <= layer < layers):
+            raise InputError(f"the report has rows 0 to {len(self.rows) - 1} and layers 0 to {layers - 1}.")
         return (self.lives_until[row] > layer).nonzero()[:, 0]
 
     def to_dict(self) -> dict[str, Any]:

@@ -102,11 +102,11 @@ class SmallerPictures(Thinning):
         return [*super().attach(), self.tower.register_forward_pre_hook(self.on_tower, with_kwargs=True).remove]
 
     def on_tower(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if self.target == self.side:
-            return None
         kwargs = dict(kwargs)
         pixels = args[0] if args else kwargs.pop("pixel_values")
+        self.settle(self.homes.to(pixels.device).expand(len(pixels), -1))
+        if self.target == self.side:
+            return None
         edge = self.target * self.patch
         smaller = F.interpolate(pixels.float(), size=(edge, edge), mode="bicubic", antialias=True).to(pixels.dtype)
-        self.settle(self.homes.to(pixels.device).expand(len(pixels), -1))
         return (smaller, *args[1:]), {**kwargs, "interpolate_pos_encoding": True}

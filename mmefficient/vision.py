@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 FEATURES = TowerLayer()
 """The layer whose output the projector reads."""
 
+SEEN = "_mmefficient_seen"
+"""Attribute of an encoder's output that holds its `Vision`."""
+
 PICTURES = ("pixel_values", "image_sizes", "image_grid_thw")
 
 
@@ -209,6 +212,7 @@ class Watcher:
         given = {name: arguments[name] for name in PICTURES if arguments.get(name) is not None}
         vision = Vision(layouts, strides, tower, given if kind == "image" else {})
         _thread.pending.setdefault(self, {})[kind] = vision
+        setattr(out, SEEN, vision)  # without a cache `generate` hands the same output to every step
         expecting = _thread.expecting.get(self)
         if expecting is not None:
             expecting(kind, vision)

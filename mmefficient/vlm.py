@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -42,8 +42,9 @@ class VLM:
         vlm.ask("kitchen.png", "How many cups are there?").text
 
     Every method takes `plan`, which replaces the default for that call (``"none"`` switches it off), and passes further
-    keywords to `model.generate`. Unless told otherwise, decoding is greedy and stops after 128 tokens. Calls from
-    several threads are safe; they run one after the other, since a plan is attached to the model while it answers.
+    keywords to `model.generate`. Unless these say otherwise, a `generation_config` among them, decoding is greedy and
+    stops after 128 tokens. Calls from several threads are safe; they run one after the other, since a plan is attached
+    to the model while it answers.
     """
 
     def __init__(self, model: Any, processor: Any, plan: Plan | str | None = None, engine: EngineName = "auto") -> None:
@@ -86,7 +87,10 @@ class VLM:
 
         Raises:
             PlanError: under this plan visual rows depend on the question (`Plan.reusable`).
+            InputError: an image cannot be read, or there is none.
         """
+        if not as_list(image):
+            raise InputError("There is no image to encode; give one.")
         chosen, conversations = self._plan(plan), [[user_message(as_list(image), "")]]
         with self._lock, StageTimer(self.model) as timer:
             with timer.preprocess():
@@ -108,13 +112,14 @@ class VLM:
         return self.ask_batch([(image, question)], plan=plan, **generate_kwargs)[0]
 
     def ask_batch(
-        self, rows: Sequence[tuple[Images | Encoded, str]], *, plan: Plan | str | None = None, **generate_kwargs: Any
+        self, rows: Iterable[tuple[Images | Encoded, str]], *, plan: Plan | str | None = None, **generate_kwargs: Any
     ) -> list[Answer]:
         """Answer several questions in one batch; images may differ in number and size, and some rows may have none.
 
         Each answer's report holds the one row that belongs to it, but FLOPs and times of the whole batch. Questions
         about one encoded image make a batch; other images are no part of it.
         """
+        rows = list(rows)
         turns: dict[int, list[Message]] = {}
         kept: dict[Encoded, list[int]] = {}
         for number, (image, question) in enumerate(rows):
@@ -158,6 +163,8 @@ class VLM:
         Bad input raises here, before the first piece; what fails later is raised by the iterator. Closing the iterator
         early stops the generation.
         """
+        if generate_kwargs.get("streamer") is not None:
+            raise InputError("stream has a streamer of its own; pass yours to ask.")
         chosen = self._plan(plan)
         inputs = self._encode([[user_message(as_list(image), question)]], chosen)
         return self._stream(inputs, chosen, generate_kwargs)
@@ -166,7 +173,7 @@ class VLM:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         closed = threading.Event()
         failures: list[BaseException] = []
-        stopping = StoppingCriteriaList([*generate_kwargs.get("stopping_criteria", ()), _StopWhen(closed)])
+        stopping = StoppingCriteriaList([*(generate_kwargs.get("stopping_criteria") or ()), _StopWhen(closed)])
         options = {**generate_kwargs, "streamer": streamer, "stopping_criteria": stopping}
 
         def work() -> None:
@@ -235,7 +242,7 @@ class VLM:
         length = inputs["input_ids"].shape[1]
         generated = sequences[:, length:]
         texts = self.processor.batch_decode(generated, skip_special_tokens=True)
-        lengths = self._lengths(generated)
+        lengths = self._lengths(generated, generate_kwargs)
         report = run.report()
         if encoded is not None:
             asked = (inputs["attention_mask"].sum(1) - encoded.ids.shape[1]).tolist()
@@ -280,18 +287,23 @@ class VLM:
             raise InputError(f"The model's processor refuses the input: {error}") from error
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
-    def _lengths(self, generated: torch.Tensor) -> list[int]:
+    def _lengths(self, generated: torch.Tensor, generate_kwargs: dict[str, Any]) -> list[int]:
         """Tokens of every row up to its end token, that one included; what follows is padding."""
-        end = self.model.generation_config.eos_token_id
-        ends = torch.isin(generated, torch.tensor([] if end is None else end, device=generated.device).long())
+        configs = (generate_kwargs.get("generation_config"), self.model.generation_config)
+        said = [generate_kwargs.get("eos_token_id"), *(each.eos_token_id for each in configs if each is not None)]
+        end: Any = next((each for each in said if each is not None), [])
+        ends = torch.isin(generated, torch.as_tensor(end, device=generated.device).long())
         return ((ends.cumsum(1) - ends.long()) == 0).sum(1).tolist()
 
     def _generate(self, inputs: Any, generate_kwargs: dict[str, Any]) -> torch.Tensor:
         if generate_kwargs.get("num_return_sequences", 1) != 1:
             raise InputError("An answer is one sequence; for several, use model.generate inside Plan.apply.")
-        options = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS, **generate_kwargs}
-        if not options["do_sample"]:  # a checkpoint's sampling defaults would only be warned about
-            options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        options = generate_kwargs
+        if generate_kwargs.get("generation_config") is None:
+            limit = {} if "max_length" in generate_kwargs else {"max_new_tokens": MAX_NEW_TOKENS}
+            options = {"do_sample": False, **limit, **generate_kwargs}
+            if not options["do_sample"]:  # a checkpoint's sampling defaults would only be warned about
+                options = {"temperature": None, "top_p": None, "top_k": None, **options}
         output = self.model.generate(**inputs, **options)
         return getattr(output, "sequences", output)
 

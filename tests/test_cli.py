@@ -160,6 +160,18 @@ def test_other_bad_options(ask: Any, run: Any, picture: Path, checkpoint: Path) 
         assert "Traceback" not in result.err
 
 
+def test_a_plan_that_cannot_be_read_is_refused_before_a_model_is_loaded(run: Any, picture: Path) -> None:
+    plans = ("--plan", PLAN, "--plan", "fastw(keep=4)")
+    refused(run("show", picture, "what?", *plans, "--model", "never loaded", "-o", "kept.png"), "did you mean 'fastv'")
+
+
+@pytest.mark.parametrize("command", [("show", "what?", "--plan", PLAN), ("heads",)])
+def test_a_place_that_cannot_be_drawn_to(run: Any, picture: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
+    name, *rest = command
+    for out in (tmp_path / "nowhere" / "a.png", tmp_path):
+        refused(run(name, picture, *rest, "--model", "never loaded", "-o", out), "cannot be written")
+
+
 def test_unexpected_errors_keep_their_traceback(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug of ours")
@@ -209,7 +221,7 @@ def test_the_examples_in_help_and_documentation_are_valid_commands(run: Any, mon
     monkeypatch.setattr("mmefficient.vlm.VLM.from_pretrained", stand_in)
     monkeypatch.setattr("mmefficient.evaluation.run_eval", stand_in)
     monkeypatch.setattr("mmefficient.bench.result.Target.open", stand_in)
-    monkeypatch.setattr("mmefficient.bench.cli._need_gpu", stand_in)
+    monkeypatch.setattr("mmefficient.bench.cli.need_gpu", stand_in)
     monkeypatch.setattr("mmefficient.images.load_image", lambda path: path)
     texts = [command.epilog or "" for command in cli.app.registered_commands]
     texts += [document.read_text() for document in documents]

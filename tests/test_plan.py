@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+import math
+from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, ClassVar
@@ -75,6 +76,15 @@ def test_round_trips(first: Reducer | None, later: list[FastV]) -> None:
         ("fastv(layer=-1)", PlanError, "count from 0"),
         ("fastv(layer=0)", PlanError, "no layer before it"),
         ("exit", PlanError, "needs a value for layer"),
+        ("exit(layer=late)", PlanError, "neither a whole number nor 'auto'"),
+        ("grid(keep=0.5,keep=0.25)", PlanError, "gives keep twice"),
+        ("grid(keep={[]: 1})", PlanError, "not a plain value"),
+        ("grid\0", PlanError, "cannot read the plan"),
+        ("(" * 999 + "grid" + ")" * 999, PlanError, "cannot read the plan"),
+        ("pai(alpha=strong)", PlanError, "not a number"),
+        ("pai(alpha=1e999)", PlanError, "not a number"),
+        ("vhr(second=1)", PlanError, "not True or False"),
+        ("act(sinks=some)", PlanError, "none of 'all', 'visual', 'text'"),
         ("random(keep=0)", BudgetError, "keeps too little"),
         ("random(keep=0.0)", BudgetError, "outside"),
         ("random(keep=-0.5)", BudgetError, "outside"),
@@ -100,6 +110,30 @@ def test_bad_plans(text: str, error: type[PlanError], says: str) -> None:
 def test_what_is_not_a_method_is_refused() -> None:
     with pytest.raises(PlanError, match="not a method"):
         Plan([FastV, FastV()])  # type: ignore[list-item]
+    with pytest.raises(PlanError, match="not a plan"):
+        Plan(FastV())  # type: ignore[arg-type]
+
+
+NEEDED = {"layer": 2, "layers": (1,), "from_layer": 2, "exit": 3, "mask": ((0, 0),)}
+STRANGE = ["strange", None, True, 2.5, 10**30, math.inf, math.nan, 1j, b"", {}, {1}]
+STRANGE += [(), (1,), ("a",), ((0,),), ((0, 0),)]
+
+
+@pytest.mark.parametrize("method", mm.methods(), ids=lambda method: method.name)
+def test_fields_take_a_value_of_their_type_or_raise(method: Any) -> None:
+    """What is taken can be hashed, written, read and compared; nothing else passes, on a model or before."""
+    needed = {each.name: NEEDED[each.name] for each in fields(method) if each.default is MISSING}
+    for field in fields(method):
+        refused = 0
+        for value in STRANGE:
+            try:
+                plan = Plan([method(**{**needed, field.name: value})])
+            except PlanError:
+                refused += 1
+            else:
+                assert Plan(str(plan)) == plan == Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+                assert hash(Plan(str(plan))) == hash(plan)
+        assert refused >= len(STRANGE) - 4
 
 
 def test_mode_is_checked() -> None:

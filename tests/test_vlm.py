@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 import mmefficient as mm
 from mmefficient.errors import BudgetError, InputError, PlanError, SilentPlanError, UnknownMethodError
+from mmefficient.messages import user_message
+from mmefficient.models import reference
 from tests.tiny import FAMILIES, build
 from tests.tiny_checkpoint import LAYERS, VISUAL_TOKENS, processor
 
@@ -81,9 +83,9 @@ def test_generated_tokens_end_with_the_end_token(vlm: mm.VLM, monkeypatch: pytes
     generated = torch.tensor([[5, 7, 6, 6], [5, 5, 5, 5], [6, 0, 0, 0]])
     for end in (6, [6, 8]):
         monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", end)
-        assert vlm._lengths(generated) == [3, 4, 1]
+        assert vlm._lengths(generated, {}) == [3, 4, 1]
     monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", None)
-    assert vlm._lengths(generated) == [4, 4, 4]
+    assert vlm._lengths(generated, {}) == [4, 4, 4]
 
 
 def test_the_plan_of_a_call_replaces_the_default() -> None:
@@ -115,6 +117,12 @@ def test_no_questions_no_answers(vlm: mm.VLM) -> None:
         (BudgetError, "row 1", lambda vlm: vlm.ask_batch([(None, "a?"), (WIDE, "a?")], plan="random(keep=17)")),
         (BudgetError, "keep", lambda vlm: vlm.ask(WIDE, "a?", plan="random(keep=0.0)")),
         (InputError, "placeholder", lambda vlm: vlm.stream(WIDE, "<image>")),
+        (InputError, "streamer of its own", lambda vlm: vlm.stream(WIDE, "a?", streamer=object())),
+        (InputError, "text, not a NoneType", lambda vlm: vlm.ask(WIDE, None)),
+        (InputError, "text, not a list", lambda vlm: vlm.ask(WIDE, ["a?", "b?"])),
+        (InputError, "no image to encode", lambda vlm: vlm.encode([])),
+        (InputError, "40 x 0 pixels", lambda vlm: vlm.ask(Image.new("RGB", (40, 0)), "a?")),
+        (PlanError, "not a plan", lambda vlm: vlm.ask(WIDE, "a?", plan=5)),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_no_trace(
@@ -150,6 +158,49 @@ def test_generate_keywords_pass_through(vlm: mm.VLM) -> None:
     assert answer.report.generated_tokens == 2
     with pytest.raises(ValueError, match="no_such_keyword"):
         vlm.ask(WIDE, QUESTION, no_such_keyword=1)
+
+
+def test_what_a_call_says_about_its_length_replaces_the_defaults(vlm: mm.VLM) -> None:
+    whole = vlm.ask(WIDE, QUESTION, max_new_tokens=6)
+    given = vlm.ask(WIDE, QUESTION, generation_config=GenerationConfig(max_new_tokens=6))
+    assert (given.text, given.report.generated_tokens) == (whole.text, 6)
+    inputs = vlm._encode([[user_message([WIDE], QUESTION)]], mm.Plan())
+    length = inputs["input_ids"].shape[1]
+    assert vlm.ask(WIDE, QUESTION, max_length=length + 6).report.generated_tokens == 6
+    assert "".join(vlm.stream(WIDE, QUESTION, max_new_tokens=6, stopping_criteria=None)).strip() == whole.text
+
+
+@pytest.mark.parametrize("where", ["keyword", "config"])
+def test_an_end_token_of_the_call_ends_rows(vlm: mm.VLM, where: str) -> None:
+    rows = [(WIDE, QUESTION), (TALL, "is it a bus?")]
+    ids = [vlm.processor.tokenizer(each.text, add_special_tokens=False).input_ids for each in vlm.ask_batch(rows)]
+    end = next(token for token in ids[0] if ids[0].index(token) != [*ids[1], token].index(token))
+    options: dict[str, Any] = {"eos_token_id": end, "max_new_tokens": 30, "pad_token_id": 0}
+    if where == "config":
+        options = {"generation_config": GenerationConfig(**options)}
+    answers = vlm.ask_batch(iter(rows), **options)
+    expected = [min([*each, end].index(end) + 1, 30) for each in ids]
+    assert [answer.report.generated_tokens for answer in answers] == expected
+
+
+def test_stop_strings_stop_on_any_engine() -> None:
+    loaded = mm.VLM.from_pretrained("reference", device="cpu")
+    options = {"stop_strings": ["frog"], "tokenizer": loaded.processor.tokenizer}
+    assert loaded.ask(reference.sample_picture(), "Describe the image.", **options).text.endswith("frog")
+
+
+def test_reports_know_their_rows_and_layers(vlm: mm.VLM) -> None:
+    report = vlm.ask(WIDE, QUESTION, plan=PLAN, max_new_tokens=1).report
+    assert len(report.kept(0, LAYERS - 1)) == 4
+    for row, layer in ((1, 0), (-1, 0), (0, LAYERS), (0, -1)):
+        with pytest.raises(InputError, match=f"rows 0 to 0 and layers 0 to {LAYERS - 1}"):
+            report.kept(row, layer)
+
+
+@pytest.mark.parametrize("plan", ["none", "random(keep=0.5)", "fastervlm(keep=4)"])
+def test_without_a_cache_every_step_reads_the_picture_that_was_encoded(vlm: mm.VLM, plan: str) -> None:
+    texts = {vlm.ask(WIDE, QUESTION, plan=plan, max_new_tokens=4, use_cache=cached).text for cached in (True, False)}
+    assert len(texts) == 1
 
 
 def test_chat_remembers_turns_but_not_failures(vlm: mm.VLM) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mmefficient.errors import InputError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from mmefficient.bench.giving import give, give_file, need_gpu, open_target, picture_size
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,8 +45,8 @@ def latency(
     from mmefficient.bench import latency as bench
     from mmefficient.bench import plots
 
-    size = _size(picture)
-    target = _target(model, device, dtype)
+    size = picture_size(picture)
+    target = open_target(model, device, dtype)
     result = bench.run(
         target,
         plan or [],
@@ -59,7 +56,7 @@ def latency(
         new_tokens=new_tokens,
         picture=size,
     )
-    _give(result, bench.tables(result), out, plots.latency)
+    give(result, bench.tables(result), out, plots.latency)
 
 
 @app.command()
@@ -79,8 +76,8 @@ def throughput(
     from mmefficient.bench import plots
     from mmefficient.bench import throughput as bench
 
-    size = _size(picture)
-    target = _target(model, device, dtype)
+    size = picture_size(picture)
+    target = open_target(model, device, dtype)
     result = bench.run(
         target,
         plan or [],
@@ -90,7 +87,7 @@ def throughput(
         new_tokens=new_tokens,
         picture=size,
     )
-    _give(result, bench.tables(result), out, plots.throughput)
+    give(result, bench.tables(result), out, plots.throughput)
 
 
 @app.command()
@@ -109,9 +106,9 @@ def scaling(
     from mmefficient.bench import plots
     from mmefficient.bench import scaling as bench
 
-    target = _target(model, device, dtype, small=True)
+    target = open_target(model, device, dtype, small=True)
     result = bench.run(target, plan or [], tokens or bench.TOKENS, batch or [1, 8], engines=engine, repeats=repeats)
-    _give(result, bench.tables(result), out, plots.scaling)
+    give(result, bench.tables(result), out, plots.scaling)
 
 
 @app.command()
@@ -128,7 +125,7 @@ def rows(
     """Prefill of a 7B geometry when visual rows do less, beside the stock model; needs a CUDA GPU."""
     from mmefficient.bench import visual_rows as bench
 
-    _need_gpu("the table of visual rows")
+    need_gpu("the table of visual rows")
     result = bench.run(
         plan or ["composite", "saisa"],
         images or [1, 5, 14, 57],
@@ -136,7 +133,7 @@ def rows(
         repeats=repeats,
         batch=batch,
     )
-    _give_file(result, bench.table(result), out)
+    give_file(result, bench.table(result), out)
 
 
 @app.command()
@@ -152,9 +149,9 @@ def reuse(
     """What a question costs when its picture was read before, on a 7B geometry; needs a CUDA GPU."""
     from mmefficient.bench import reuse as bench
 
-    _need_gpu("the table of kept pictures")
+    need_gpu("the table of kept pictures")
     result = bench.run(plan or ["none", "composite", "saisa"], images or [1, 5, 14], repeats=repeats, batch=batch)
-    _give_file(result, bench.table(result), out)
+    give_file(result, bench.table(result), out)
 
 
 @app.command()
@@ -173,11 +170,11 @@ def load(
     from mmefficient.bench import load as bench
     from mmefficient.bench import plots
 
-    target = _target(model, device, dtype)
+    target = open_target(model, device, dtype)
     result = bench.run(
         target, plan or [], requests=requests, concurrency=concurrency, kinds=kinds, new_tokens=new_tokens
     )
-    _give(result, bench.tables(result), out, plots.load)
+    give(result, bench.tables(result), out, plots.load)
 
 
 @app.command()
@@ -233,7 +230,7 @@ def kernels(
     seconds: Annotated[float, typer.Option(help="Start no further case after this long.")] = 3600.0,
 ) -> None:
     """The kernels beside their peers and floors; needs a CUDA GPU."""
-    _need_gpu("the kernel table")
+    need_gpu("the kernel table")
     from mmefficient.bench.kernels import run
 
     raise typer.Exit(0 if run(out, only, tune, graph, seconds) else 1)
@@ -250,7 +247,7 @@ def selection(
     from mmefficient.bench.selection import PLANS, run, table
 
     result = run(plan or PLANS, device=device, repeats=repeats)
-    _give_file(result, table(result), out)
+    give_file(result, table(result), out)
 
 
 @app.command()
@@ -294,58 +291,3 @@ def evidence(
         device,
         dtype,
     )
-
-
-def _target(model: str, device: str, dtype: str, *, small: bool = False) -> Any:
-    from mmefficient.bench.result import Target
-    from mmefficient.cli import quiet
-
-    quiet()
-    return Target.open(model, device, dtype, small=small)
-
-
-def _need_gpu(what: str) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise InputError(f"{what} needs a CUDA GPU; none is visible.")
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise InputError(f"{text!r} is not the size of a picture; write it like 672x672.")
-    return int(width), int(height)
-
-
-def _give(result: dict[str, Any], tables: str, out: Path | None, draw: Any) -> None:
-    """Print the tables and write the files. Exit code 1 if something was wrong: a benchmark is also a test."""
-    if out is not None:
-        from mmefficient.bench.result import write
-
-        for path in write(result, tables, out, _drawn(draw, result)):
-            typer.echo(f"wrote {path}", err=True)
-    typer.echo(tables)
-    failed = [row for row in result["rows"] if "failed" in row]
-    if failed:
-        typer.echo(f"{len(failed)} of {len(result['rows'])} rows failed their check and have no times.", err=True)
-        raise typer.Exit(1)
-
-
-def _give_file(result: dict[str, Any], tables: str, out: Path | None) -> None:
-    """Write the result to a file of its own, and print the tables."""
-    if out is not None:
-        import json
-
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    typer.echo(tables)
-
-
-def _drawn(draw: Any, result: dict[str, Any]) -> Figure | None:
-    try:
-        figure: Figure = draw(result)
-    except ImportError:
-        typer.echo("no PNG: matplotlib is missing; pip install 'mmefficient[eval]' brings it.", err=True)
-        return None
-    return figure

@@ -12,6 +12,7 @@ from transformers import StaticCache
 
 from mmefficient.errors import InputError
 from mmefficient.plan import Plan
+from mmefficient.run import Run
 
 ROOM = 64
 """Tokens that a static cache has left for the answer, at least; its length is a multiple."""
@@ -69,10 +70,16 @@ def choose(names: Sequence[str] | None, device: torch.device) -> list[Engine]:
 
 
 class Runner:
-    """An engine with a plan on a model; `generate` is what gets timed. The tokenizer is for plans that read words."""
+    """An engine with a plan on a model; `generate` is what gets timed.
+
+    Attributes:
+        tokenizer: for plans that read words.
+        run: of the latest call; None for a stock engine.
+    """
 
     def __init__(self, model: Any, engine: Engine, plan: Plan, tokenizer: Any = None) -> None:
         self.model, self.engine, self.plan, self.tokenizer = model, engine, plan, tokenizer
+        self.run: Run | None = None
         self._compiled: Any = None
         self._caches: dict[tuple[int, int], StaticCache] = {}
 
@@ -91,7 +98,7 @@ class Runner:
             self.model.__dict__["_compiled_call"] = self._compiled
         if self.engine.static:
             options["past_key_values"] = self._cache(*inputs["input_ids"].shape)
-        with self.attached():
+        with self.attached() as self.run:
             ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=tokens, **options)
         if not self.engine.ours:
             self._compiled = self.model.__dict__.pop("_compiled_call", None)

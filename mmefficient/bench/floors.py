@@ -2,7 +2,8 @@
 
 `Work` counts FLOPs (2 per multiply-accumulate) and bytes that no implementation avoids: every weight that is used is
 read once, every key and value written once and read once per step. Attention between rows of one prompt counts the
-pairs that a causal mask leaves, so half of what `flops.layer_flops` (the literature's convention) counts.
+pairs that a causal mask leaves, so half of what `flops.layer_flops` (the literature's convention) counts. Of the last
+decoder layer and the vision tower only what is read counts, which stock modules do not know.
 Activations count no bytes: a perfect implementation would not spill them.
 """
 
@@ -18,7 +19,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmefficient.flops import kv_bytes, pair_flops, token_flops
+from mmefficient.flops import kv_bytes, pair_flops, stored_flops, token_flops
+from mmefficient.graph.tower import lean_tower
+from mmefficient.models import adapter_for
+from mmefficient.vision import Watcher
 
 SIDE = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the matrices that are multiplied."""
@@ -54,10 +58,14 @@ class Ceilings:
 
 
 def vision_work(model: Any, inputs: dict[str, Any]) -> Work:
-    """Of encoding the images of `inputs`: FLOPs counted while they are encoded once, and the weights outside the LM."""
+    """Of encoding the images of `inputs`: FLOPs counted while they are encoded once, and the weights outside the LM.
+
+    Tower layers behind the last one that is read do not run.
+    """
     named = {"pixel_values", "image_sizes", "image_grid_thw", "batch_num_images"}
     given = {name: value for name, value in inputs.items() if name in named}
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    watcher = Watcher(adapter_for(model))
+    with torch.no_grad(), lean_tower(watcher, given), FlopCounterMode(display=False) as counter:
         model.base_model.get_image_features(**given)
     text = {id(p) for p in [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]}
     weights = sum(p.nbytes for p in model.parameters() if id(p) not in text)
@@ -67,8 +75,11 @@ def vision_work(model: Any, inputs: dict[str, Any]) -> Work:
 def prefill_work(model: Any, held: Sequence[Sequence[int]]) -> Work:
     """Of reading a prompt; `held[row][layer]` tokens are in each decoder layer. The head sees one token per row."""
     config, head = model.get_decoder().config, model.get_output_embeddings().weight
-    flops = sum(n * token_flops(config) + n * (n + 1) / 2 * pair_flops(config) for row in held for n in row)
-    return Work(flops + 2 * len(held) * head.numel(), _weights(model) + cache_bytes(model, held))
+    flops = sum(n * token_flops(config) + n * (n + 1) / 2 * pair_flops(config) for row in held for n in row[:-1])
+    # of what the last layer makes one row is read
+    flops += sum((row[-1] - 1) * stored_flops(config) + row[-1] * pair_flops(config) for row in held)
+    flops += len(held) * (token_flops(config) + 2 * head.numel())
+    return Work(flops, _weights(model) + cache_bytes(model, held))
 
 
 def decode_work(model: Any, held: Sequence[Sequence[int]]) -> Work:

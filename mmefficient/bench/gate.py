@@ -10,11 +10,13 @@ import torch
 from transformers import LogitsProcessor
 
 from mmefficient.bench.engines import ATTACHED, STOCK, Runner
+from mmefficient.bench.picks import Picks
 from mmefficient.errors import MMEfficientError
 
 LIMITS = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 0.1, torch.bfloat16: 0.25}
 """How far below the reference's best logit a chosen token may lie, in standard deviations of the logits. About three of
-32,000 normal logits lie within 0.25 of the best; a wrong computation picks one that is about four below."""
+32,000 normal logits lie within 0.25 of the best; a wrong computation picks one that is about four below. Likewise how
+far a visual token that stays may score below those that the reference would have kept, in deviations of the scores."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,15 @@ class Verdict:
     Attributes:
         tokens: compared; flips: how many are not the reference's own choice at their place.
         gap: the most that a chosen token's logit lies below the best, in standard deviations of the logits.
+        kept, swaps, kept_gap: the same for the visual tokens that rankings kept, see `Picks`.
     """
 
     tokens: int
     flips: int
     gap: float
+    kept: int = 0
+    swaps: int = 0
+    kept_gap: float = 0.0
 
 
 class _Forced(LogitsProcessor):
@@ -47,23 +53,34 @@ class _Forced(LogitsProcessor):
 
 
 def compare(runner: Runner, reference: Runner, inputs: Mapping[str, torch.Tensor], tokens: int) -> Verdict:
-    """Generate with `runner`, then make `reference` generate the same tokens and see how it ranks them.
+    """Generate with `runner`, then make `reference` keep and generate the same tokens, and see how it ranks them.
+
+    A kept visual token more or less changes all that follows, so each decision is judged after the same ones before it.
 
     Raises:
         MMEfficientError: too few tokens, or one that the reference ranks too low for low precision to explain.
     """
-    ids = runner.generate(inputs, tokens)
+    for _ in range(2):  # the second is the one that an engine may have recorded
+        ids = runner.generate(inputs, tokens)
     if ids.shape != (rows := len(inputs["input_ids"]), tokens):
         raise MMEfficientError(f"{runner} gave ids of shape {tuple(ids.shape)} instead of {(rows, tokens)}.")
-    forced = _Forced(ids)
+    picks, forced = Picks(), _Forced(ids)
+    if runner.plan and runner.run is not None:
+        told = picks.told(reference.plan, runner.run.report())
+        reference = Runner(reference.model, reference.engine, told, reference.tokenizer)
     again = reference.generate(inputs, tokens, logits_processor=[forced])
     limit = LIMITS[runner.model.dtype]
+    if not picks.gap <= limit:
+        raise MMEfficientError(
+            f"{runner} kept a visual token that {reference} scores {picks.gap:.3g} standard deviations below its own, "
+            f"more than the {limit} that {runner.model.dtype} explains; it was not timed. Please report this."
+        )
     if not torch.equal(again, ids) or not forced.gap <= limit:
         raise MMEfficientError(
             f"{runner} chose a token {forced.gap:.3g} standard deviations below the best of {reference}, more than the "
             f"{limit} that {runner.model.dtype} explains; it was not timed. Please report this."
         )
-    return Verdict(ids.numel(), forced.flips, forced.gap)
+    return Verdict(ids.numel(), forced.flips, forced.gap, picks.kept, picks.swaps, picks.gap)
 
 
 def verdicts(runners: list[Runner], inputs: Mapping[str, torch.Tensor], tokens: int) -> dict[Runner, Any]:

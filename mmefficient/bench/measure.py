@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ import torch
 from mmefficient.bench.engines import Engine, Runner
 from mmefficient.bench.floors import Ceilings, Work, decode_work, prefill_work, vision_work, wall_ms
 from mmefficient.bench.gate import verdicts
+from mmefficient.bench.picks import twin
 from mmefficient.bench.presets import visual_tokens
 from mmefficient.bench.result import note
 from mmefficient.bench.timers import StageTimer
@@ -159,9 +159,7 @@ def _watched(method: Any, spent: list[float], device: torch.device) -> Any:
         spent.append(wall_ms(lambda: chosen.append(type(method).reduce(self, *args)), device))
         return chosen[0]
 
-    twin = copy.copy(method)
-    object.__setattr__(twin, "__class__", type(type(method).__name__, (type(method),), {"reduce": reduce}))
-    return twin
+    return twin(method, reduce)
 
 
 def _compare(rows: Sequence[Row]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from mmefficient.graph.block import attention, block, product
+from mmefficient.graph.block import Attend, attention, block, product
 from mmefficient.graph.capture import Inputs
 from mmefficient.graph.steered import Kept
 from mmefficient.kernels.decode_attention import decode_attention
@@ -80,16 +79,25 @@ def _step(engine: Engine, session: Session, inputs: Inputs) -> torch.Tensor:
     return logits[:, 0]
 
 
-def _attend(
-    engine: Engine, session: Session, group: int, lengths: torch.Tensor, starts: torch.Tensor
-) -> Callable[..., torch.Tensor]:
+def _attend(engine: Engine, session: Session, group: int, lengths: torch.Tensor, starts: torch.Tensor) -> Attend:
     """Attention of the new token in the layers of `group`."""
     first = starts if session.starts[group] else None
-    if engine.captures.recorder is not None:
-        return lambda q, k, v, scale: decode_attention(q, k, v, lengths, starts=first, scale=scale)  # type: ignore[return-value]
     longest = session.slots[group] - min(session.fill) + session.done + 1
+    ragged = first is not None or len(set(session.fill)) > 1
+    return one_row(engine.captures.recorder is not None, lengths, first, longest, ragged)
+
+
+def one_row(recorded: bool, lengths: torch.Tensor, starts: torch.Tensor | None, longest: int, ragged: bool) -> Attend:
+    """Attention of one row of each prompt, to keys in front of place `lengths` [B], from `starts` [B] on if given.
+
+    Args:
+        longest: no length is larger; ragged: they differ, or there are starts. Recorded programs need neither.
+    """
+    if recorded:
+        return lambda q, k, v, scale: decode_attention(q, k, v, lengths, starts=starts, scale=scale)  # type: ignore[return-value]
     mask = None
-    if first is not None or len(set(session.fill)) > 1:
+    if ragged:
         place = torch.arange(longest, device=lengths.device)
-        mask = ((place >= starts[:, None]) & (place < lengths[:, None]))[:, None, None]
+        seen = place < lengths[:, None]
+        mask = (seen if starts is None else seen & (place >= starts[:, None]))[:, None, None]
     return lambda q, k, v, scale: attention(q, k[:, :, :longest], v[:, :, :longest], mask, False, scale)

@@ -15,6 +15,7 @@ from mmefficient.graph.block import Rope
 from mmefficient.graph.capture import Captures, Inputs, Recorder
 from mmefficient.graph.modules import modules_of
 from mmefficient.graph.store import Store
+from mmefficient.graph.tower import lean_tower
 
 if TYPE_CHECKING:
     from mmefficient.models.base import Adapter
@@ -116,7 +117,8 @@ class Engine:
         key = (("encode", kind, wanted), tuple((name, _plain(x)) for name, x in fixed.items()))
 
         def body(inputs: Inputs) -> dict[str, Any]:
-            out, tower = watcher.encode(watch, stock, (), {**kwargs, **inputs})
+            with lean_tower(watcher, kwargs):
+                out, tower = watcher.encode(watch, stock, (), {**kwargs, **inputs})
             tensors = None if tower is None else tower.tensors()  # the recorder does not look into a tower
             return {"features": list(out.pooler_output), "tower": tower, "tensors": tensors}
 

@@ -41,7 +41,8 @@ FOREIGN = ("custom_generate", "assistant_model", "past_key_values", "inputs_embe
 DEFAULTS = {"num_beams": (1,), "num_return_sequences": (1,), "return_dict_in_generate": (False,), "use_cache": (True,),
             "output_attentions": (False,), "output_hidden_states": (False,), "cache_implementation": ("dynamic",),
             "prefill_chunk_size": (), "prompt_lookup_num_tokens": (), "penalty_alpha": (0.0,), "dola_layers": (),
-            "assistant_early_exit": (), "guidance_scale": (1.0,), "token_healing": (False,)}  # fmt: skip
+            "assistant_early_exit": (), "guidance_scale": (1.0,), "token_healing": (False,),
+            "stop_strings": ()}  # fmt: skip
 """Settings that must be unset or have one of these values."""
 
 

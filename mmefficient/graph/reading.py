@@ -11,20 +11,24 @@ import torch
 from mmefficient.attention import row_scores
 from mmefficient.graph.block import attention, block, product
 from mmefficient.graph.capture import Inputs
-from mmefficient.graph.decoding import Session
+from mmefficient.graph.decoding import Session, one_row
 from mmefficient.graph.prompt import CHANGING, Prompt
 from mmefficient.graph.rows import Score, row_block
+from mmefficient.graph.some_rows import last_block, leaves_within, leaving_block
 from mmefficient.graph.steered import BlindBlocks, Kept, tensors
 from mmefficient.masks import Segment, prefill_mask
-from mmefficient.offer import LAST
+from mmefficient.offer import LAST, Parts
+from mmefficient.points import Reducer
 from mmefficient.prompt import PromptState
-from mmefficient.reduction import Prefill
+from mmefficient.reduction import Prefill, gather_rows
 from mmefficient.steering import Reading
 from mmefficient.vision import Tower
 
 if TYPE_CHECKING:
+    from mmefficient.blind import Blind
     from mmefficient.executor import Executor
     from mmefficient.graph.engine import Engine
+    from mmefficient.modulation import Modulation
 
 TOWER = "tower "
 
@@ -106,13 +110,14 @@ def _read(
     zero = torch.zeros_like(given.fill)
     groups: list[Segment | None] = []
     group, masks, acted = [], list[torch.Tensor | None](), False
+    left = -1  # the latest site whose rows have left
     for index, layer in enumerate(engine.adapter.layers):
         parts = executor.parts(layer, None)
         if prefill is not None and index == 0 and executor.blind_until >= 0:
             prefill.blind = BlindBlocks(prefill, hidden, None, parts, engine.adapter.mrope, flash=False)
-        for reducer in executor.reducers:
-            if prefill is not None and reducer.site == index and prefill.has_visual:
-                hidden, acted = prefill.reduce(reducer, index, hidden, parts), True
+        here, coming = ([each for each in executor.reducers if each.site == site] for site in (index, index + 1))
+        if prefill is not None and here and left < index and prefill.has_visual:
+            hidden, acted = _reduce(prefill, here, parts, hidden), True
         segment = None if prefill is None else prefill.segment
         if not groups or segment is not groups[-1]:
             groups.append(segment)
@@ -128,17 +133,36 @@ def _read(
             prefill.hidden, held = hidden, prefill.rope or rope
         room = engine.store.rows(index, batch, slots)
         plan = executor.planned.get(index)
+        untouched = not any(_steering(index, executor, prefill))
         if plan is not None and prefill is not None and prefill.has_visual:
             hidden, acted = row_block(layer, plan, prefill, hidden, *room, zero, attend, score), True
+        elif prefill is not None and prefill.has_visual and untouched and leaves_within(coming):
+            reduce = partial(_reduce, prefill, coming, parts)
+            hidden = leaving_block(layer, hidden, prefill, *room, zero, score is not None, reduce)
+            left, acted = index + 1, True
+        elif index == len(engine.adapter.layers) - 1 and untouched:
+            first = None if segment is None or segment.valid is None else (~segment.valid).sum(1)
+            ends = slots - given.fill
+            alone = one_row(engine.captures.recorder is not None, ends, first, slots, ragged=True)
+            hidden = last_block(layer, hidden, held, *room, zero, alone, ends[:, None] - 1)
         else:
             hidden = block(layer, hidden, held, *room, zero, attend)
-    last = (hidden.shape[1] - 1 - given.fill)[:, None, None].expand(-1, 1, hidden.shape[2])
-    (logits,) = product(hidden.gather(1, last), (engine.head,), engine.adapter.decoder.norm)
+    if hidden.shape[1] > 1:
+        hidden = gather_rows(hidden, (hidden.shape[1] - 1 - given.fill)[:, None])
+    (logits,) = product(hidden, (engine.head,), engine.adapter.decoder.norm)
     out = _after(prefill, groups, given.fill, given.position, whole)
     steered = {} if prefill is None else prefill.state.steered
     # a recorder does not look into a part of a change
     out |= {"logits": logits[:, 0], "acted": acted or bool(steered), "steered": steered, "tensors": tensors(steered)}
     return out | {"group": group, "slots": [out["group_slots"][each] for each in group]}
+
+
+def _reduce(prefill: Prefill, reducers: Sequence[Reducer], parts: Parts, hidden: torch.Tensor) -> torch.Tensor:
+    """The rows of `hidden` that remain after the reducers of one site."""
+    for reducer in reducers:
+        if prefill.has_visual:
+            hidden = prefill.reduce(reducer, reducer.site, hidden, parts)
+    return hidden
 
 
 def _attend(
@@ -155,8 +179,7 @@ def _attend(
     """Attention of layer `index`, [B, Hq, N, D]."""
     if score is not None:
         score(query, keys, scale)
-    methods = executor.modulated.get(index, ()) if prefill is not None and prefill.has_visual else ()
-    blind = None if prefill is None or index > executor.blind_until else prefill.blind
+    methods, blind = _steering(index, executor, prefill)
     if prefill is None or (blind is None and not methods):
         return attention(query, keys, values, mask, mask is None, scale)
 
@@ -165,6 +188,14 @@ def _attend(
 
     beside = None if blind is None else partial(blind.advance, executor.adapter.layers, index)
     return Reading(index, query, keys, values, prefill, scale).attend(methods, stock, beside).transpose(1, 2)
+
+
+def _steering(index: int, executor: Executor, prefill: Prefill | None) -> tuple[Sequence[Modulation], Blind | None]:
+    """What changes the attention of layer `index`: methods, and the prompt without image that is read beside it."""
+    if prefill is None:
+        return (), None
+    methods = executor.modulated.get(index, ()) if prefill.has_visual else ()
+    return methods, None if index > executor.blind_until else prefill.blind
 
 
 def _score(prefill: Prefill, mask: torch.Tensor | None, query: torch.Tensor, keys: torch.Tensor, scale: float) -> None:

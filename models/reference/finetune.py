@@ -22,7 +22,7 @@ from mmefficient.rows import LayerPlan
 
 from . import adapt, path
 from .data import Batches
-from .objective import Objective
+from .planned import PlannedObjective
 from .record import LOG_EVERY, note, scored, stream
 from .scenes.render import load_atlas
 from .scenes.splits import KINDS
@@ -78,7 +78,7 @@ def run(
     single = single or not plan.reusable
     data = Batches(processor, batch_size, seed + 2_000_003, single=single)
     dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
-    objective = Objective(model, processor, data, load_atlas(str(target)), dtype, layer_plans(plan, model))
+    objective = PlannedObjective(model, processor, data, load_atlas(str(target)), dtype, layer_plans(plan, model))
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     if compile_model:  # layer by layer: equal ones share what is compiled
         for layer in objective.layers:

@@ -29,8 +29,8 @@ from transformers import LlavaProcessor
 from . import adapt
 from .biased import validate
 from .data import Batches, Layout
-from .objective import Objective
 from .pairs import Bootstrap, Pair, scene_of
+from .planned import PlannedObjective
 from .record import keep, note, stream
 from .scenes.render import load_atlas
 from .scenes.sample import Dice, scene_tensors
@@ -136,7 +136,7 @@ class Tuning:
         self.parameters = adapt.attach(model, RANK)
         self.batches = PairBatches(processor, pairs, min(batch_size, len(pairs)), seed)
         kind = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.objective = Objective(model, processor, self.batches, load_atlas(str(self.device)), kind)
+        self.objective = PlannedObjective(model, processor, self.batches, load_atlas(str(self.device)), kind)
         self.objective.mask = self.batches.layout.visible().to(self.device)  # as a plain mask: no compiler, no blocks
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
         self.step = 0

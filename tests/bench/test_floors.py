@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmefficient.bench import floors, presets
 from mmefficient.bench.floors import Ceilings, Work
-from mmefficient.flops import kv_bytes, layer_flops
+from mmefficient.flops import kv_bytes, layer_flops, stored_flops, token_flops
 from mmefficient.plan import Plan
 from tests.tiny import LAYERS, TEXT, build, collate, prompt
 
@@ -47,10 +47,15 @@ def test_prefill_and_decode_are_what_torch_counts() -> None:
         cache = model(**inputs(), logits_to_keep=1).past_key_values
     work = floors.prefill_work(model, [[N] * LAYERS])
     full = LAYERS * layer_flops(model.config.text_config, N) + 2 * 32 * 100
+    with FlopCounterMode(display=False) as whole, torch.no_grad():
+        model.base_model.get_image_features(inputs()["pixel_values"])
     vision = floors.vision_work(model, inputs())
-    assert full + vision.flops == counter.get_total_flops()
-    pair = 4 * 32
-    assert full - work.flops == LAYERS * pair * (N * N - N * (N + 1) / 2)  # a causal mask leaves half of the pairs
+    assert vision.flops < whole.get_total_flops()  # the last tower layer is not read
+    assert full + whole.get_total_flops() == counter.get_total_flops()
+    pair, config = 4 * 32, model.config.text_config
+    unread = (N - 1) * (token_flops(config) - stored_flops(config)) + pair * (N * N - N)
+    # a causal mask leaves half of the pairs
+    assert full - work.flops == (LAYERS - 1) * pair * (N * N - N * (N + 1) / 2) + unread
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.ones(1, 1).long(), attention_mask=torch.ones(1, N + 1), past_key_values=cache)
     step = floors.decode_work(model, [[N] * LAYERS])

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import mmefficient as mm
 from mmefficient.cli import app
 from mmefficient.demo.uploads import MAX_BYTES
+from mmefficient.errors import InputError
 from mmefficient.models import reference
 
 if TYPE_CHECKING:
@@ -48,6 +49,14 @@ def call(demo: Demo, name: str, data: list[Any]) -> str:
 def test_every_action_has_a_named_endpoint(client: Any) -> None:
     named = set(client.view_api(return_format="dict", print_info=False)["named_endpoints"])
     assert named == {"/ask", "/kept", "/check_plan", "/load_policy", "/compare", "/heads", "/evaluate"}
+
+
+@pytest.mark.parametrize("place", [{"host": "192.0.2.1"}, {"host": "no such host"}, {"port": 70000}])
+def test_where_this_machine_cannot_listen(place: dict[str, Any]) -> None:
+    from mmefficient.demo.app import serve
+
+    with pytest.raises(InputError, match="cannot listen on"):
+        serve(("never loaded",), **place)
 
 
 def test_the_client_gets_what_the_wrapper_answers(client: Any) -> None:

@@ -203,6 +203,15 @@ def test_wrong_image_counts_name_the_row(family: str, call: str) -> None:
             run(**batch, **options)
 
 
+def test_placeholders_among_drafts_are_refused_and_nothing_else_is_said(recwarn: pytest.WarningsRecorder) -> None:
+    model = tiny.build("llava")
+    visual, pixels = tiny.visual_ids("llava", (16, 16))
+    batch = tiny.collate("llava", [([5, *visual, 5], [pixels])])  # what followed a 5 before was the picture
+    with Plan().apply(model), pytest.raises(InputError, match="row 0 has 18"):
+        model.generate(**batch, prompt_lookup_num_tokens=2, max_new_tokens=3, do_sample=False)
+    assert not [each for each in recwarn if "hook" in str(each.message)]
+
+
 def test_more_tokens_than_exist_names_the_row() -> None:
     model, batch = tiny.build("qwen2_5_vl"), tiny.ragged_batch("qwen2_5_vl")
     with Plan("random(keep=10)").apply(model), pytest.raises(BudgetError, match="row 2 has 4 visual tokens in image 0"):

@@ -16,6 +16,7 @@ from tests.executor.oracle import GREEDY, logits
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True, "temperature": 1.3},
+    "no cache": {"use_cache": False},
     "beams": {"num_beams": 3, "output_scores": True, "output_logits": None},
 }
 

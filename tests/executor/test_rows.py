@@ -136,7 +136,7 @@ def test_rows_without_images() -> None:
         ("shortv(layers=())", "neither 'all' nor a tuple"),
         ("shortv(layers=(1, 1))", "neither 'all' nor a tuple"),
         ("shortv(layers=(-1,))", "neither 'all' nor a tuple"),
-        ("shortv(layers=some)", "neither 'all' nor a tuple"),
+        ("shortv(layers=some)", "none of 'all', a tuple such as"),
         ("shortv(layers=0)", "neither 'all' nor a tuple"),
         ("skip_ffn(layers=3)", "neither 'all' nor a tuple"),
         ("saisa+saisa", "where visual rows come from"),
@@ -144,7 +144,7 @@ def test_rows_without_images() -> None:
         ("window2d(radius=-1)", "from 0"),
         ("yopo(exit=2,radius=-1)", "from 0"),
         ("yopo(exit=4)", "out of range"),
-        ("no_visual_self(scope=image)", "none of self, nothing, text"),
+        ("no_visual_self(scope=image)", "none of 'self', 'nothing', 'text'"),
     ],
 )
 def test_bad_plans(plan: str, says: str) -> None:

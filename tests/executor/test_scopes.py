@@ -113,7 +113,7 @@ def test_a_plan_chooses_the_scope() -> None:
     plan = Plan("fastv(layer=2,keep=0.5,scope=prompt)")
     assert str(plan) == "fastv(layer=2,keep=0.5,scope=prompt)"
     assert str(Plan("fastv(layer=2,keep=0.5,scope=image)")) == "fastv(layer=2,keep=0.5)"
-    with pytest.raises(PlanError, match="scope='crop' is none of image, tile, frame, prompt"):
+    with pytest.raises(PlanError, match="scope='crop' is none of 'image', 'tile', 'frame', 'prompt'"):
         Plan("fastv(layer=2,keep=0.5,scope=crop)")
 
 

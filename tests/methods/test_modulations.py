@@ -338,7 +338,7 @@ def test_act_goes_on_alike_with_drafts_and_alone() -> None:
             greedy = model.generate(**alone, max_new_tokens=8, do_sample=False)
             lookup = model.generate(**alone, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
             assert torch.equal(greedy, lookup)
-    with pytest.raises(PlanError, match="neither 'all'"):
+    with pytest.raises(PlanError, match="none of 'all'"):
         Plan("act(sinks=none)")
 
 

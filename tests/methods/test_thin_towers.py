@@ -39,7 +39,9 @@ def run(model: Any, batch: dict[str, Any], plan: str) -> tuple[torch.Tensor, lis
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("keep", "side", "middles"), [(0.25, 2, [1, 3]), (9, 3, [0, 2, 3]), (1, 1, [2])])
+@pytest.mark.parametrize(
+    ("keep", "side", "middles"), [(0.25, 2, [1, 3]), (9, 3, [0, 2, 3]), (1, 1, [2]), (1.0, 4, [0, 1, 2, 3])]
+)
 def test_smaller_pictures(family: str, keep: float | int, side: int, middles: list[int]) -> None:
     model = tiny.build(family)
     batch, crops = one_picture(family)

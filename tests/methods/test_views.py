@@ -15,6 +15,7 @@ from mmefficient.matchers import Matcher, Seen, register
 from mmefficient.methods.views.agla import AGLA
 from mmefficient.methods.views.vcd import VCD
 from mmefficient.plan import Plan
+from mmefficient.view import repeated
 from tests import tiny
 from tests.executor.oracle import GREEDY, decoder_inputs, image_columns, logits
 
@@ -258,6 +259,14 @@ def test_the_graph_engine_hands_back_what_it_cannot_run(plan: str) -> None:
     assert run.engine["name"] == "eager"  # type: ignore[index]
 
 
+def test_beams_repeat_pictures_only_where_rows_have_one_each() -> None:
+    """Releases of transformers differ in whether `generate` repeats pictures before they are encoded."""
+    pixels = torch.arange(2.0)[:, None, None, None].expand(2, 3, 4, 4)
+    assert torch.equal(repeated({"pixel_values": pixels}, 4, 2)["pixel_values"], pixels[[0, 0, 1, 1]])
+    with pytest.raises(InputError, match="exactly one picture"):
+        repeated({"pixel_values": pixels}, 2, 2)
+
+
 def test_refused() -> None:
     with pytest.raises(PlanError, match="a plan takes one"):
         Plan("vcd+vcd(seed=1)")
@@ -266,10 +275,8 @@ def test_refused() -> None:
     with pytest.raises(PlanError, match="share of the largest"):
         VCD(beta=0.0)
     model = tiny.build("llava")
-    one, two = (tiny.collate("llava", [tiny.prompt("llava", count, 3, 4)]) for count in (1, 2))
+    one = tiny.collate("llava", [tiny.prompt("llava", 1, 3, 4)])
     with Plan("vcd").apply(model):
         with pytest.raises(ModelError, match="needs the default cache"):
             model.generate(**one, max_new_tokens=2, cache_implementation="static", disable_compile=True)
-        with pytest.raises(InputError, match="exactly one picture"):
-            model.generate(**two, max_new_tokens=2, num_beams=2)
         model.generate(**one, max_new_tokens=2, do_sample=False)

@@ -15,7 +15,7 @@ from mmefficient.loading import load
 from mmefficient.models import reference
 from mmefficient.models.reference import adapt, finetune, train
 from mmefficient.models.reference.data import IGNORE, Batches
-from mmefficient.models.reference.objective import Objective
+from mmefficient.models.reference.planned import PlannedObjective
 from mmefficient.models.reference.scenes.render import load_atlas
 from mmefficient.models.reference.scenes.sample import Dice, sample_scene
 from mmefficient.models.reference.scenes.splits import picture
@@ -56,7 +56,9 @@ def test_training_computes_what_the_plan_computes(plan: str) -> None:
     single = not parsed.reusable
     assert single == ("mutual" in plan)
     data = Batches(processor, 1, 5, single=single)
-    objective = Objective(model, processor, data, load_atlas(), torch.float32, finetune.layer_plans(parsed, model))
+    objective = PlannedObjective(
+        model, processor, data, load_atlas(), torch.float32, finetune.layer_plans(parsed, model)
+    )
     batch = {name: value[:1] for name, value in data[0].items()}
     with torch.no_grad():
         logits = objective.planned_logits(batch)
@@ -119,7 +121,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     for plan in ("skip_ffn(layers=all)", "gna", "psa", "layer_drop(from_layer=2)"):
         plans = finetune.layer_plans(Plan(plan), model)
         with pytest.raises(PlanError, match="cannot be trained"):
-            Objective(model, processor, Batches(processor, 1, 0), load_atlas(), torch.float32, plans)
+            PlannedObjective(model, processor, Batches(processor, 1, 0), load_atlas(), torch.float32, plans)
 
 
 def test_training_goes_on_from_a_delta(tmp_path: Path) -> None:

@@ -41,13 +41,6 @@ class ACT(Modulation):
         super().__post_init__()
         if not 0 <= self.beta <= 1:
             raise PlanError(f"act: beta={self.beta} is outside [0, 1]; it is the share that sinks keep.")
-        if self.sinks not in ("all", "visual", "text"):
-            raise PlanError(f"act: sinks={self.sinks!r} is neither 'all' nor 'visual' nor 'text'.")
-        try:
-            pairs = tuple((int(layer), int(head)) for layer, head in self.heads)
-        except (TypeError, ValueError) as error:
-            raise PlanError(f"act: heads={self.heads!r} is no tuple of (layer, head) pairs.") from error
-        object.__setattr__(self, "heads", pairs)
 
     def layers(self, count: int) -> Sequence[int]:
         return sorted({layer for layer, _ in self.heads}) if self.heads else range(min(2, count - 1), max(1, count - 1))

@@ -35,16 +35,8 @@ class ADHH(Modulation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.heads, str):
-            try:
-                pairs = tuple((int(layer), int(head)) for layer, head in self.heads)
-            except (TypeError, ValueError) as error:
-                raise PlanError(f"adhh: heads={self.heads!r} is no tuple of (layer, head) pairs.") from error
-            if not pairs or min(min(pair) for pair in pairs) < 0:
-                raise PlanError("adhh: heads holds no (layer, head) pair counted from 0.")
-            object.__setattr__(self, "heads", pairs)
-        elif self.heads != "auto":
-            raise PlanError(f"adhh: heads={self.heads!r} is neither 'auto' nor (layer, head) pairs.")
+        if self.heads != "auto" and min((min(pair) for pair in self.heads), default=-1) < 0:
+            raise PlanError(f"adhh: heads={self.heads!r} holds no (layer, head) pairs counted from 0.")
 
     @property
     def pairs(self) -> Heads:

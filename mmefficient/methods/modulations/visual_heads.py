@@ -13,8 +13,6 @@ from mmefficient.modulation import Change, LayerPrompt, Mix, Modulation, Rows
 from mmefficient.points import Method, about
 from mmefficient.profiles import Checkpoint
 
-FORMS = ("unnormalised", "renormalised")
-
 
 @dataclass(frozen=True)
 class VisualHeads(Method):
@@ -38,15 +36,9 @@ class VisualHeads(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        pairs = isinstance(self.mask, tuple) and all(
-            isinstance(each, (tuple, list)) and len(each) == 2 and all(type(n) is int and n >= 0 for n in each)
-            for each in self.mask
-        )
-        if not pairs or not self.mask:
+        if min((min(pair) for pair in self.mask), default=-1) < 0:
             raise PlanError(f"visual_heads: mask={self.mask!r} is no list of (layer, head), such as ((8, 0), (8, 3)).")
-        if self.form not in FORMS:
-            raise PlanError(f"visual_heads: form={self.form!r} is neither of {', '.join(FORMS)}.")
-        object.__setattr__(self, "mask", tuple(sorted({tuple(each) for each in self.mask})))
+        object.__setattr__(self, "mask", tuple(sorted(set(self.mask))))
 
     def stages(self, checkpoint: Checkpoint) -> tuple[Method, ...]:
         kind = _Unnormalised if self.form == "unnormalised" else _Renormalised

@@ -32,8 +32,8 @@ class GNA(Pattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.stride <= self.window or not isinstance(self.bidirectional, bool):
-            raise PlanError(f"{self}: give 1 <= stride <= window, and bidirectional as True or False.")
+        if not 1 <= self.stride <= self.window:
+            raise PlanError(f"{self}: give 1 <= stride <= window.")
 
     def pairs(self) -> Pairs:
         return window(FAR, self.bidirectional)  # the same view; `limit` says the rest

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from mmefficient.errors import PlanError
 from mmefficient.kernels.grouped_attention.pattern import Pattern as Pairs
 from mmefficient.kernels.grouped_attention.pattern import no_visual_self_attention
 from mmefficient.points import Layers, Pattern, about
-
-SCOPES = ("self", "nothing", "text")
 
 
 @dataclass(frozen=True)
@@ -25,11 +22,6 @@ class NoVisualSelf(Pattern):
         default="self", metadata=about("what a visual row sees: 'self', 'nothing', or 'text' (before it, and itself)")
     )
     layers: Layers = field(default="all", metadata=about("decoder layers: 'all' or such as (8, 9)", quiet=True))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scope not in SCOPES:
-            raise PlanError(f"no_visual_self: scope={self.scope!r} is none of {', '.join(SCOPES)}.")
 
     def pairs(self) -> Pairs:
         return no_visual_self_attention(self.scope)

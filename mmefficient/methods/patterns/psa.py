@@ -41,8 +41,7 @@ class PSA(Pattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) and x >= 0 for x in self.levels)
-        if len(self.levels) != len(LEVELS) or not numbers or sum(self.levels) > 1 + 1e-6:
+        if len(self.levels) != len(LEVELS) or min(self.levels) < 0 or sum(self.levels) > 1 + 1e-6:
             raise PlanError(f"{self}: levels are four shares that add up to at most 1, such as (0.05, 0.1, 0.1, 0.25).")
         if self.block < 8 or self.block % 8:
             raise PlanError(f"{self}: block={self.block} is no multiple of 8.")

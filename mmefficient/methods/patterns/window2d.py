@@ -25,8 +25,8 @@ class Window2D(Pattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.radius < 0 or not isinstance(self.bidirectional, bool):
-            raise PlanError(f"{self}: radius counts rows and columns from 0, bidirectional is True or False.")
+        if self.radius < 0:
+            raise PlanError(f"{self}: radius counts rows and columns from 0.")
 
     def pairs(self) -> Pairs:
         return window(self.radius, self.bidirectional)

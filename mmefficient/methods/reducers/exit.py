@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 import torch
 
-from mmefficient.errors import PlanError
 from mmefficient.points import Reducer, Scope, Selection, Unit, VisualTokens, about
 from mmefficient.profiles import Checkpoint
 
@@ -20,16 +19,12 @@ class Exit(Reducer):
     name: ClassVar[str] = "exit"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.05803"
     summary: ClassVar[str] = "all visual tokens leave at the input of a layer (VTW)"
+    ignores_hidden: ClassVar[bool] = True
     shared_by: ClassVar[Scope] = "prompt"
 
     layer: int | Literal["auto"] = field(
         metadata=about("decoder layer at whose input every visual token leaves; auto = the checkpoint's profile")
     )
-
-    def __post_init__(self) -> None:
-        if self.layer != "auto" and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
-            raise PlanError(f"exit: layer={self.layer!r} is neither a whole number nor 'auto'.")
-        super().__post_init__()
 
     @property
     def site(self) -> int:

@@ -19,6 +19,7 @@ class FastV(Reducer):
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.06764"
     summary: ClassVar[str] = "keep the visual tokens that the last prompt token attends to most in an early layer"
+    ignores_hidden: ClassVar[bool] = True
     many_turns: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"last_row_attention"})
 
@@ -37,8 +38,6 @@ class FastV(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.over not in ("site", "layers"):
-            raise PlanError(f"fastv: over={self.over!r} is neither 'site' nor 'layers'.")
         if self.over == "layers" and not isinstance(self.keep, float):
             raise PlanError("fastv: a mean over layers is a fraction; write keep=0.25, or over=site for a count.")
         if self.layer == 0:

@@ -35,7 +35,7 @@ class HiPrune(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in (("alpha", self.alpha), ("depth", self.depth)):
-            if isinstance(value, bool) or not 0 <= value <= 1:
+            if not 0 <= value <= 1:
                 raise PlanError(f"hiprune: {name}={value} is outside [0, 1].")
 
     @property

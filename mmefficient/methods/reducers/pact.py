@@ -36,7 +36,7 @@ class Pact(Reducer):
         super().__post_init__()
         for name in ("cutoff", "reach"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not value >= 0:
+            if value < 0:
                 raise PlanError(f"pact: {name}={value} is negative; give 0 or more.")
 
     def choose(self, tokens: VisualTokens) -> tuple[Selection, list[int]]:

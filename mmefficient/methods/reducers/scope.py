@@ -34,7 +34,7 @@ class Scope(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.alpha, bool) or not self.alpha >= 0:
+        if self.alpha < 0:
             raise PlanError(f"scope: alpha={self.alpha} is negative; give 0 or more.")
 
     def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:

@@ -40,7 +40,7 @@ class SparseVLM(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shares(self.name, self.shares, len(DEPTHS))
-        if isinstance(self.recycle, bool) or not 0 <= self.recycle < 1:
+        if not 0 <= self.recycle < 1:
             raise PlanError(f"sparsevlm: recycle={self.recycle} is outside [0, 1).")
 
     def stages(self, checkpoint: Checkpoint) -> tuple[Reducer, ...]:

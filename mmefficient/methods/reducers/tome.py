@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from mmefficient.errors import PlanError
 from mmefficient.merging import MergingLayers, match
 from mmefficient.points import Positions, Reducer, Scope, Selection, VisualTokens, about, order_selection, select_top
 
@@ -36,11 +35,6 @@ class ToMe(Reducer):
     positions: Positions = field(
         default="compact", metadata=about("'compact' the position ids, or 'keep' them", quiet=True)
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.where not in ("tower", "output"):
-            raise PlanError(f"tome: where={self.where!r} is neither 'tower' nor 'output'.")
 
     @property
     def thins(self) -> bool:

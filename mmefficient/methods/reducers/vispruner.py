@@ -38,7 +38,7 @@ class VisPruner(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.important, bool) or not 0 <= self.important <= 1:
+        if not 0 <= self.important <= 1:
             raise PlanError(f"vispruner: important={self.important} is outside [0, 1].")
 
     def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:

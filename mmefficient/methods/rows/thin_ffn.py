@@ -22,7 +22,7 @@ class ThinFFN(RowPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not self.ratio > 1:
+        if self.ratio <= 1:
             raise PlanError(
                 f"thin_ffn: ratio={self.ratio!r} does not narrow the FFN; give a number above 1, such as 2."
             )

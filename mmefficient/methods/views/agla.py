@@ -37,7 +37,7 @@ class AGLA(View):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.name, self.beta)
-        if self.keep != "auto" and (isinstance(self.keep, str) or not 0 < self.keep <= 1):
+        if self.keep != "auto" and not 0 < self.keep <= 1:
             raise PlanError(f"agla: keep={self.keep!r} is neither 'auto' nor a share of the pixels in (0, 1].")
 
     @property

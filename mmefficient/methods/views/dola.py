@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -23,7 +23,7 @@ class DoLa(View):
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.03883"
     summary: ClassVar[str] = "contrast the last layer with the shallower one that differs most (one forward per token)"
 
-    early: str | tuple[int, ...] = field(
+    early: Literal["low", "high"] | tuple[int, ...] = field(
         default="low", metadata=about("candidate layers: every other one of the 'low' or 'high' half, or their numbers")
     )
     beta: float = field(default=0.1, metadata=about("least probability of a token, as a share of the likeliest's"))
@@ -31,9 +31,8 @@ class DoLa(View):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.name, self.beta)
-        numbers = isinstance(self.early, tuple) and all(type(each) is int for each in self.early)
-        if not self.early or not (numbers or self.early in ("low", "high")):
-            raise PlanError(f"dola: early={self.early!r} is neither 'low' nor 'high' nor layers such as (2, 4).")
+        if not self.early:
+            raise PlanError("dola: early=() holds no layers such as (2, 4).")
 
     def depths(self, layers: int) -> Sequence[int]:
         if isinstance(self.early, tuple):
