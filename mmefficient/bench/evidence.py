@@ -114,7 +114,7 @@ def accuracy(entries: Sequence[Entry], vlm: VLM, **options: Any) -> tuple[list[d
 
 
 def _pick(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: entry[name] for name in PER_KIND}
+    return {name: None if entry[name] is None else round(entry[name], 6) for name in PER_KIND}
 
 
 def joined(rows: Sequence[dict[str, Any]], timed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
