@@ -274,6 +274,7 @@ class VLM:
         pixels = pixel_options(self.processor, self.model.device)
         if pixels:
             conversations = [[on_device(message, pixels["device"]) for message in each] for each in conversations]
+        padding = len(conversations) > 1  # some tokenizers have nothing to pad with
         try:
             inputs = self.processor.apply_chat_template(
                 conversations,
@@ -281,7 +282,7 @@ class VLM:
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left", "images_kwargs": pixels},
+                processor_kwargs={"padding": padding, "padding_side": "left", "images_kwargs": pixels},
             )
         except ValueError as error:
             raise InputError(f"The model's processor refuses the input: {error}") from error
