@@ -63,7 +63,7 @@ def _merge(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + tl.sum(values * tl.exp2(each - base)[:, None], 0)[None]
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for part in tl.range(0, PARTS, loop_unroll_factor=64 // BLOCK_M):
+        for part in tl.range(0, PARTS, loop_unroll_factor=256 // BLOCK_M):
             at = spot * PARTS + part
             weight = tl.exp2(tl.load(levels + at, mask=used, other=float("-inf"), cache_modifier=".cg") - safe)
             values = tl.load(scratch + at[:, None] * D + d[None], mask=inside, other=0.0, cache_modifier=".cg")
@@ -156,11 +156,11 @@ def _decode(
 
 
 def tuning(rows: int, head_dim: int, dtype: torch.dtype, limit: int) -> dict[str, int]:
-    """Block sizes, warps and stages for `rows` query rows per key head that fit `limit` bytes of shared memory."""
+    """Block sizes and stages for `rows` query rows per key head that fit `limit` bytes of shared memory."""
     narrow = dtype == torch.float32 or head_dim > 128
     block_d = max(16, power_above(head_dim))
     chosen = {"BLOCK_M": min(max(16, power_above(rows)), MAX_BLOCK_M), "BLOCK_N": 32 if narrow else 64}
-    chosen |= {"num_warps": 8 if 1 < rows <= 16 else 4, "num_stages": 2 if narrow else 3}
+    chosen["num_stages"] = 2 if narrow else 3
     for name, least in (("num_stages", 1), ("BLOCK_N", 16), ("BLOCK_M", 16)):
         while need(chosen, block_d, dtype.itemsize) > limit and chosen[name] > least:
             chosen[name] -= 1 if name == "num_stages" else chosen[name] // 2
@@ -177,10 +177,10 @@ def need(chosen: dict[str, int], block_d: int, itemsize: int) -> int:
 def parts_for(programs: int, key_blocks: int, rows: int, device: torch.device) -> int:
     """Into how many parts the keys are split: two programs to a processor, or one if merging has several rows to write.
 
-    A part has two key blocks at least: with one, there is nothing to load while it is worked on.
+    A part has two key blocks at least, or three: with one, there is nothing to load while it is worked on.
     """
-    resident = 2 if rows == 1 else 1
-    return max(1, min(resident * processors(device) // programs, ceil_div(key_blocks, 2), 64))
+    resident, least = (2, 2) if rows == 1 else (1, 3)
+    return max(1, min(resident * processors(device) // programs, ceil_div(key_blocks, least), 64))
 
 
 Strides = tuple[int, ...]
@@ -217,6 +217,8 @@ def plan(
     row_blocks = ceil_div(rows, block_m)
     programs = batch * kv_heads * row_blocks
     parts = options.pop("PARTS", 0) or parts_for(programs, ceil_div(room, block_n), rows, device)
+    crowd = 1 < rows <= 16 and parts > 8  # many parts of several rows are merged faster by more threads
+    options.setdefault("num_warps", 8 if crowd else 4)
     lead = strides[3][0] if groups else 0
     numbers = (
         *(n for each in strides[:3] for n in each[:3]), lead, *strides[3][-4:-1], group or 0, *(bias or (0,) * 3),
@@ -246,7 +248,7 @@ def decode_attention(
     lse: bool = True,
     **override: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See the public function. `override`: PARTS and what `tuning` gives, in place of the defaults."""
+    """See the public function. `override`: PARTS, num_warps and what `tuning` gives, in place of the defaults."""
     batch, heads, new, _ = q.shape
     _, kv_heads, room, _ = k.shape
     lead = (groups,) if groups else ()

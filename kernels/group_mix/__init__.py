@@ -27,7 +27,7 @@ def group_mix(
     gives plain attention.
 
     Args:
-        out: float32 [groups, B, Hq, Nq, D], lse: float32 [groups, B, Hq, Nq]: partial results of an attention kernel.
+        out: [groups, B, Hq, Nq, D], lse: float32 [groups, B, Hq, Nq]: partial results of an attention kernel.
         where: bool [B, Hq or 1]. move: float32 [groups, groups]. least: float32 [conditions, groups + 1].
         dtype: of the result.
 

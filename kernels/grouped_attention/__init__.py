@@ -67,7 +67,7 @@ def grouped_attention(
 
     Returns:
         out [B, Hq, Nq, D] in the dtype and memory order of q; with `lse` also the natural log-sum-exp [B, Hq, Nq],
-        float32 (-inf for a row that sees nothing). With `partials`: float32 [groups, B, Hq, Nq, D] and
+        float32 (-inf for a row that sees nothing). With `partials`: [groups, B, Hq, Nq, D] in the dtype of q, and
         [groups, B, Hq, Nq].
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 from mmefficient.kernels.arrivals import counters
 from mmefficient.kernels.common import ceil_div, power_above, power_below, processors
 from mmefficient.kernels.grouped_attention.kernel import _forward
-from mmefficient.kernels.grouped_attention.layout import Layout
+from mmefficient.kernels.grouped_attention.layout import Layout, Schedule
 
 MOST_PARTS = 16
 
@@ -47,7 +47,7 @@ def parts_for(programs: int, longest: int, device: torch.device) -> int:
     until each has two: shorter ones save less than merging costs.
 
     Args:
-        programs: query blocks of all heads, counted in those of the `longest` list of key blocks.
+        programs: query blocks of all heads and groups, counted in those of the `longest` list of key blocks.
     """
     programs, room = max(programs, 1), processors(device)
     first, second = min(longest // 2, 5 * room // (4 * programs)), min(longest // 11, 2 * room // programs)
@@ -55,13 +55,21 @@ def parts_for(programs: int, longest: int, device: torch.device) -> int:
 
 
 def padded_rows(bias: torch.Tensor, block: int) -> torch.Tensor:
-    """[B, Hq, Nk] with rows that begin at multiples of 16 and may be read up to the end of the last key block."""
+    """[B, Hq, Nk] whose keys follow each other in memory.
+
+    With a `block` of 16 or more, rows begin at multiples of 16 and may be read up to the end of the last key block.
+    """
     batch, heads, keys = bias.shape
     wide = ceil_div(keys, block) * block
-    if wide == keys and bias.stride(2) == 1 and not (bias.stride(0) | bias.stride(1)) % 16:
+    if wide == keys and bias.stride(2) == 1 and not (bias.stride(0) | bias.stride(1)) % min(block, 16):
         return bias
     found = torch.empty(batch, heads, wide, dtype=bias.dtype, device=bias.device)[..., :keys]
     return found.copy_(bias)
+
+
+def pads(made: Schedule) -> bool:
+    """Whether a bias is read so often, by more than four query blocks, that rows for wide reads are worth a copy."""
+    return made.work > 4 * made.copied.shape[:2].numel() * made.blocks.shape[-1]
 
 
 def grouped_attention(
@@ -84,13 +92,13 @@ def grouped_attention(
     batch, heads, rows = q.shape[:3]
     groups = layout.groups if partials else 1
     if bias is not None:
-        bias = padded_rows(bias.expand(batch, heads, k.shape[2]), made.block_n)
+        bias = padded_rows(bias.expand(batch, heads, k.shape[2]), made.block_n if pads(made) else 1)
     if logit_map is not None:
         logit_map = logit_map.expand(3, batch, heads, -1)
     if head_gain is not None:
         head_gain = head_gain.expand(batch, heads, rows)
     inputs = Inputs(q, k, v, bias, logit_map, head_gain)
-    out = q.new_empty(groups, *q.shape, dtype=torch.float32) if partials else torch.empty_like(q)
+    out = q.new_empty(groups, *q.shape) if partials else torch.empty_like(q)
     lead = (groups,) if partials else ()
     found = torch.empty(*lead, batch, heads, rows, dtype=torch.float32, device=q.device) if lse else None
     key = (inputs.signature, scale, partials, lse, *override.items())
@@ -114,7 +122,7 @@ def _prepare(
     assert made is not None
     batch, heads, rows, dim = q.shape
     tasks = made.soft_blocks * batch * heads * groups
-    programs = ceil_div(made.work * heads // len(layout.rules), max(made.longest, 1))
+    programs = ceil_div(made.work * heads * groups // len(layout.rules), max(made.longest, 1))
     parts = override.get("PARTS", 0) or parts_for(programs, made.longest, device)
     plain = groups == 1 and not lse and gain is None
     # with one program of attention to a processor there is room for programs that copy rows beside them
@@ -135,7 +143,7 @@ def _prepare(
         batch, heads, rows, k.shape[2], made.lists.shape[-1], *made.blocks.shape[-2:], made.soft_blocks,
         made.blocks.shape[1],
         heads // k.shape[1], dim, max(16, power_above(dim)), made.block_m, made.block_n, len(layout.rules), groups,
-        parts, logit_map is not None, bias is not None, gain is not None, lse, copies,
+        parts, logit_map is not None, bias is not None, pads(made), gain is not None, lse, copies,
         made.contiguous and logit_map is None, layout.page is not None, layout.segment is not None,
         layout.mask is not None, "ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip

@@ -11,127 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmefficient.kernels.grouped_attention.schedule import known_of, pairs, ruled_facts
-
-
-@triton.jit
-def mapped(s, shaping, of, key, scale, MAP: tl.constexpr, BIAS: tl.constexpr):
-    """Logits after scale, map by group and bias; without map and bias they are left unscaled, see `unit`.
-
-    `shaping`: this head's biases, its a, and the strides to b and c and to the next group; `of`: the groups of the
-    keys, or the one that they are all of.
-    """
-    bias, factors, map_f, map_g = shaping
-    if MAP:
-        s = s * scale
-        a = tl.load(factors + of * map_g).to(tl.float32)
-        m = tl.load(factors + map_f + of * map_g).to(tl.float32)
-        c = tl.load(factors + 2 * map_f + of * map_g).to(tl.float32)
-        s = a * s + (m * tl.abs(s) + c)
-    if BIAS:
-        shift = tl.load(bias + key).to(tl.float32)[None]  # aligned rows, padded: see `padded_rows`
-        s = s + shift if MAP else s * scale + shift
-    return s
-
-
-@triton.jit
-def unit(scale, MAP: tl.constexpr, BIAS: tl.constexpr):
-    """What turns the logits of `mapped` into exponents of two, inside the multiply-add that takes the maximum off."""
-    return 1.4426950408889634 if MAP or BIAS else scale * 1.4426950408889634
-
-
-@triton.jit
-def _step(
-    x, top, total, acc, facts, own, n, entry, some, k, v, k_n, v_n, rules, known, keys, shaping, scale, wanted,
-    copied, copies, out, o_n,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, MAP: tl.constexpr,
-    BIAS: tl.constexpr, COPIES: tl.constexpr, PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The key block of a list's `entry` in the running softmax; `some`: not all of its pairs exist."""
-    d = tl.arange(0, BLOCK_D)
-    key = (entry & 0xFFFFFF) * BLOCK_N + tl.arange(0, BLOCK_N)
-    real = key < keys
-    groups = known[5]
-    if COPIES:
-        to = tl.load(copied + key, mask=key < copies, other=-1)
-    place = tl.minimum(key, keys - 1).to(tl.int64)  # cheaper than a mask; what lies behind the end is no pair
-    at_k = k + place[None] * k_n + d[:, None]
-    at_v = v + place[:, None] * v_n + d[None]
-    if D < BLOCK_D:
-        y = tl.load(at_k, mask=(d < D)[:, None], other=0.0)
-        z = tl.load(at_v, mask=(d < D)[None], other=0.0)
-    else:
-        y = tl.load(at_k)
-        z = tl.load(at_v)
-    logit = tl.dot(x, y, input_precision=PRECISION)
-    if MAP:
-        logit *= scale
-        alone = entry >> 26
-        if alone > 0:  # numbers, which are cheaper than a vector of them
-            logit = mapped(logit, shaping, alone - 1, key, 1.0, MAP, BIAS)
-        else:
-            of = tl.load(groups + key, mask=real, other=0)
-            logit = mapped(logit, shaping, of[None], key, 1.0, MAP, BIAS)
-    else:
-        logit = mapped(logit, shaping, 0, key, scale, MAP, BIAS)
-    if GROUPS > 1:
-        if some:
-            mine = tl.load(groups + key, mask=real, other=-1) == wanted
-            logit = tl.where(mine[None], logit, float("-inf"))
-        some = some & ((entry >> 24 & 1) == 0)
-    if some:
-        ok = pairs(facts, own, key, n, rules, known, keys, PLACES, SEGMENTS, MASKED)
-        logit = tl.where(ok, logit, float("-inf"))
-    new = tl.maximum(top, tl.max(logit, 1))
-    safe = tl.where(new == float("-inf"), 0.0, new)
-    power = unit(scale, MAP, BIAS)
-    weight = tl.exp2(logit * power - (safe * power)[:, None])
-    fade = tl.exp2((top - safe) * power)
-    total = total * fade + tl.sum(weight, 1)
-    acc = tl.dot(weight.to(z.dtype), z, acc * fade[:, None], input_precision=PRECISION)
-    if COPIES:
-        tl.store(out + to[:, None].to(tl.int64) * o_n + d[None], z, mask=(to >= 0)[:, None] & (d < D)[None])
-    return new, total, acc
-
-
-@triton.jit
-def _merged(
-    acc, level, scratch, arrived, task, part, parts, tasks,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Whether all `parts` (room is for PARTS) have now finished this task, and if so their merge."""
-    d = tl.arange(0, BLOCK_D)
-    levels = scratch + tasks * PARTS * BLOCK_M * D
-    spot = (task * PARTS + part) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(levels + spot, level)
-    tl.store(scratch + spot[:, None] * D + d[None], acc, mask=(d < D)[None])
-    tl.debug_barrier()  # every thread has stored before one of them says so
-    last = tl.atomic_add(arrived + task, 1, sem="acq_rel", scope="gpu") == parts - 1
-    if last:
-        tl.store(arrived + task, 0)
-        # past the L1 cache, which is not coherent: other processors wrote this; nothing waits for another load
-        m = tl.arange(0, BLOCK_M)
-        spot = task * PARTS * BLOCK_M + m
-        top = tl.load(levels + spot, cache_modifier=".cg")
-        for other in tl.static_range(1, PARTS):
-            of = levels + spot + other * BLOCK_M
-            here = tl.load(of, mask=m * 0 + other < parts, other=float("-inf"), cache_modifier=".cg")
-            top = tl.maximum(top, here)
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for other in tl.range(0, PARTS, loop_unroll_factor=4 if PARTS <= 4 else 2):  # more take too many registers
-            there = m * 0 + other < parts
-            at = spot + other * BLOCK_M
-            weight = tl.exp2(tl.load(levels + at, mask=there, other=float("-inf"), cache_modifier=".cg") - safe)
-            inside = there[:, None] & (d < D)[None]
-            value = tl.load(scratch + at[:, None] * D + d[None], mask=inside, other=0.0, cache_modifier=".cg")
-            acc += value * weight[:, None]
-            total += weight
-        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-        level = tl.where(total == 0, float("-inf"), top + tl.log2(total))
-    return last, acc, level
+from mmefficient.kernels.grouped_attention.schedule import known_of, ruled_facts
+from mmefficient.kernels.grouped_attention.softmax import biases, in_units, mapped, merged, step, unit
 
 
 @triton.jit
@@ -144,13 +25,27 @@ def _entry(all_blocks, some_blocks, start, i, full, real, CONTIGUOUS: tl.constex
 
 
 @triton.jit
+def _store(
+    acc, level, g, bh, n, out, lse, o_g, o_n, batch, heads, rows,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """Store what group g gives to rows n: output, and log-sum-exp to the base of two."""
+    d = tl.arange(0, BLOCK_D)
+    at = out + g.to(tl.int64) * o_g + n[:, None].to(tl.int64) * o_n + d[None]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(n >= 0)[:, None] & (d < D)[None])
+    if LSE:
+        to = lse + (g * batch * heads + bh).to(tl.int64) * rows + n
+        tl.store(to, level * 0.6931471805599453, mask=n >= 0)
+
+
+@triton.jit
 def _soft_rows(
     item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied, blocks, counts, rules, known, shaping,
     gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks,
     kinds,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PATTERNS: tl.constexpr,
-    GROUPS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr,
-    LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
+    GROUPS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, PADDED: tl.constexpr,
+    GAIN: tl.constexpr, LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
     SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One query block over one part of its keys, of one group if there are several."""
@@ -182,39 +77,36 @@ def _soft_rows(
     if part >= parts:
         stop = first
     copies = tl.where(block == 0, keys, 0)  # the last query block alone
+    factor = tl.full([BLOCK_M], 1.0, tl.float32)
+    if GAIN:
+        factor = tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     ahead = _entry(all_blocks, some_blocks, start, first, full, first < stop, CONTIGUOUS)
+    coming = biases(shaping, ahead, keys, scale, BLOCK_N, MAP, BIAS, PADDED)
     for i in range(first, stop):
-        entry = ahead  # the next one is fetched a block early, so that its keys are not waited for
+        entry, shift = ahead, coming  # the next ones are fetched a block early, so that nothing waits for them
         ahead = _entry(all_blocks, some_blocks, start, i + 1, full, i + 1 < stop, CONTIGUOUS)
-        top, total, acc = _step(
-            x, top, total, acc, facts, own, n, entry, i >= full, k, v, k_n, v_n, rules, known, keys, shaping,
-            scale, g, copied, copies, out, o_n, D, BLOCK_D, BLOCK_N, GROUPS, MAP, BIAS, COPIES, PLACES,
+        coming = biases(shaping, ahead, keys, scale, BLOCK_N, MAP, BIAS, PADDED)
+        top, total, acc = step(
+            x, top, total, acc, facts, own, n, entry, shift, i >= full, k, v, k_n, v_n, rules, known, keys, shaping,
+            scale, g, copied, copies, out, o_n, D, BLOCK_D, BLOCK_M, BLOCK_N, GROUPS, MAP, BIAS, COPIES, PLACES,
             SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip
-    factor = 1.0 / tl.where(total == 0, 1.0, total)
-    if GAIN:
-        factor *= tl.load(gain + n * gain_n, mask=used, other=0.0).to(tl.float32)
-    acc = acc * factor[:, None]
-    level = tl.where(total == 0, float("-inf"), top * unit(scale, MAP, BIAS) + tl.log2(total))
-    out += g.to(tl.int64) * o_g
-    lse += (g * batch * heads + bh).to(tl.int64) * rows
+    level = tl.where(total == 0, float("-inf"), top * unit(scale, MAP) + tl.log2(total))
+    acc = acc * (factor / tl.where(total == 0, 1.0, total))[:, None]
     whole = part < parts
     if PARTS > 1:
         split = whole & (parts > 1)
         if split:
             task = ((block * GROUPS + g) * batch * heads + bh).to(tl.int64)
             tasks = (task * 0 + soft_blocks) * GROUPS * batch * heads
-            whole, acc, level = _merged(
+            whole, acc, level = merged(
                 acc, level, scratch, arrived, task, part, parts, tasks, D, BLOCK_D, BLOCK_M, PARTS
             )  # fmt: skip
     if whole:
-        at = out + n[:, None].to(tl.int64) * o_n + d[None]
-        tl.store(at, acc.to(out.dtype.element_ty), mask=used[:, None] & (d < D)[None])
-        if LSE:
-            tl.store(lse + n, level * 0.6931471805599453, mask=used)
+        _store(acc, level, g, bh, n, out, lse, o_g, o_n, batch, heads, rows, D, BLOCK_D, LSE)
 
 
 @triton.jit
@@ -239,9 +131,10 @@ def _rest_rows(
     if LSE:
         x = tl.load(q + n[:, None].to(tl.int64) * q_n + d[None], mask=inside, other=0.0).to(tl.float32)
         y = tl.load(k + own[:, None].to(tl.int64) * k_n + d[None], mask=inside, other=0.0).to(tl.float32)
-        s = mapped(tl.sum(x * y, 1)[None], shaping, tl.maximum(of, 0)[None], tl.maximum(own, 0), scale, MAP, BIAS)
-        natural = unit(scale, MAP, BIAS) * 0.6931471805599453
-        level = tl.where(sees, tl.reshape(s, [BLOCK_M]) * natural, float("-inf"))
+        s = mapped(tl.sum(x * y, 1), shaping, tl.maximum(of, 0), scale, MAP)
+        if BIAS:
+            s += in_units(tl.load(shaping[0] + own, mask=sees, other=0.0), scale, MAP)
+        level = tl.where(sees, s * unit(scale, MAP) * 0.6931471805599453, float("-inf"))
     at = out + n[:, None].to(tl.int64) * o_n + d[None]
     for g in tl.static_range(GROUPS):
         mine = value
@@ -264,8 +157,8 @@ def _forward(
     batch, heads, rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds,
     REPEAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PATTERNS: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
-    GAIN: tl.constexpr, LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr, PLACES: tl.constexpr,
-    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, GAIN: tl.constexpr, LSE: tl.constexpr, COPIES: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    PLACES: tl.constexpr, SEGMENTS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)  # heads vary fastest: programs running together read the same lists
     item, bh = pid // (batch * heads), pid % (batch * heads)
@@ -290,7 +183,7 @@ def _forward(
             item, bh, b, bs, q, k, v, out, lse, scratch, arrived, lists, copied + bs.to(tl.int64) * keys,
             blocks, counts, rules, known, shaping, gain, q_n, k_n, v_n, o_g, o_n, gain_n, scale, batch, heads,
             rows, keys, padded, q_blocks, k_blocks, soft_blocks, kinds, D, BLOCK_D, BLOCK_M, BLOCK_N, PATTERNS,
-            GROUPS, PARTS, MAP, BIAS, GAIN, LSE, COPIES, CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
+            GROUPS, PARTS, MAP, BIAS, PADDED, GAIN, LSE, COPIES, CONTIGUOUS, PLACES, SEGMENTS, MASKED, PRECISION,
         )  # fmt: skip
     else:
         line = batch * PATTERNS * padded

@@ -89,7 +89,7 @@ def _(
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lead = (numbers[1],) if partials else ()
-    out = q.new_empty(*lead, *q.shape, dtype=torch.float32) if partials else torch.empty_like(q)
+    out = q.new_empty(*lead, *q.shape) if partials else torch.empty_like(q)
     return out, q.new_empty(*lead, *q.shape[:2], q.shape[2] if lse else 0, dtype=torch.float32)
 
 

@@ -60,4 +60,4 @@ def grouped_attention(
         attend(found.masked_fill((group != g)[:, None, None], float("-inf")), v, head_gain)
         for g in range(layout.groups)
     ]
-    return torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
+    return torch.stack([out.to(q.dtype) for out, _ in parts]), torch.stack([lse for _, lse in parts])

@@ -14,7 +14,6 @@ the commit.
 from __future__ import annotations
 
 import json
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ import torch
 from mmefficient.bench import floors
 from mmefficient.bench import kernel_cases as cases
 from mmefficient.bench.kernel_problem import Case
+from mmefficient.bench.result import command
 from mmefficient.environment import collect
 
 Row = dict[str, Any]
@@ -91,7 +91,7 @@ def run(
     start = time.monotonic()
     rows: list[Row] = []
     ceiling = floors.measure(torch.device("cuda"), torch.bfloat16)
-    report: Row = {"command": sys.argv, "ceilings": asdict(ceiling), "environment": collect(), "rows": rows}
+    report: Row = {"command": command(), "ceilings": asdict(ceiling), "environment": collect(), "rows": rows}
     for case in cases.every(only, tune):
         if time.monotonic() - start > seconds:
             report["stopped_before"] = f"{case.table} {case.name} {case.what}"

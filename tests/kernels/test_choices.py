@@ -55,7 +55,7 @@ def test_parts_are_those_that_measured_best(heads: int, keys: int, best: int) ->
 def test_parts_of_decoding() -> None:
     """At most two programs to a processor, or one, and two key blocks to a part: docs/kernels.md."""
     assert [decode.parts_for(programs, 47, 1, CPU) for programs in (32, 132, 256)] == [8, 2, 1]
-    assert [decode.parts_for(programs, 47, 7, CPU) for programs in (4, 32)] == [24, 4]
+    assert [decode.parts_for(programs, 47, 7, CPU) for programs in (4, 32)] == [16, 4]
     assert decode.parts_for(32, 11, 1, CPU) == 6
 
 

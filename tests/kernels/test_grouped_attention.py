@@ -8,6 +8,7 @@ import torch
 from mmefficient.kernels.grouped_attention import (
     Pattern,
     causal,
+    forward,
     grouped_attention,
     image_sees_question,
     make_layout,
@@ -52,6 +53,32 @@ def test_options(kernel: Any, device: torch.device, pattern: str, partials: bool
     layout = layout_for(PATTERNS[pattern], length, device, **blocks(length))
     tensors = qkv(layout, 7, 1, 80, torch.float32 if length < 1000 else torch.float16)
     compare(kernel, layout, tensors, **options(layout, 7), partials=partials)
+
+
+@pytest.mark.parametrize("length", [65, *REAL])
+@pytest.mark.parametrize("image", [0, 1])
+@pytest.mark.parametrize("pattern", ["causal", "self"])
+def test_two_groups(kernel: Any, device: torch.device, pattern: str, image: int, length: int) -> None:
+    """A prompt without an image has no key of the first, or of the second."""
+    given = facts(length, device)
+    group = torch.where(given["role"] == 2, image, 1 - image)
+    layout = layout_for(PATTERNS[pattern], length, device, group=group, groups=2, **blocks(length))
+    tensors = qkv(layout, 2, 1, 32, torch.float32 if length < 100 else torch.bfloat16)
+    compare(kernel, layout, tensors, partials=True)
+    compare(kernel, layout, tensors, partials=True, bias=options(layout, 2)["bias"])
+    compare(kernel, layout, tensors, partials=True, **options(layout, 2))
+
+
+@pytest.mark.parametrize(("length", "pads"), [(60, False), (150, True)])
+def test_biases(kernel: Any, device: torch.device, length: int, pads: bool) -> None:
+    """Read where they lie, or, if many query blocks read them, from a copy with rows that reach to a block's end."""
+    layout = make_layout(**facts(length, device, batch=1), blocks=(16, 16), impl="triton")
+    assert layout.schedule is not None
+    assert forward.pads(layout.schedule) is pads
+    tensors, whole = qkv(layout, 2, 1, 32, torch.float32), torch.randn(1, 2, length, device=device)
+    whole[0, 1, 5] = float("-inf")
+    for bias in (whole, whole[:, :1], whole[..., :1], whole.transpose(1, 2).contiguous().transpose(1, 2)):
+        compare(kernel, layout, tensors, bias=bias)
 
 
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
@@ -124,11 +151,9 @@ def test_nothing_read_back(kernel: Any, device: torch.device, pattern: str, leng
 @pytest.mark.parametrize("parts", [2, 5])
 @pytest.mark.parametrize("partials", [False, True])
 def test_split_keys(device: torch.device, parts: int, partials: bool) -> None:
-    from mmefficient.kernels.grouped_attention import forward as module
-
     layout = layout_for(no_visual_self_attention(), 47, device, blocks=(16, 16))
     q, k, v = qkv(layout, 1, 1, 32, torch.float32)
-    found = module.grouped_attention(q, k, v, layout, None, None, None, 0.2, partials, True, PARTS=parts)
+    found = forward.grouped_attention(q, k, v, layout, None, None, None, 0.2, partials, True, PARTS=parts)
     wanted = grouped_attention(q, k, v, layout, scale=0.2, partials=partials, lse=True, impl="reference")
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
