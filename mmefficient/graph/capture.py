@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mmefficient.errors import ModelError
 
@@ -55,6 +56,28 @@ class Constants(TorchFunctionMode):
         """The mode for the second run."""
         self._next = 0
         return self
+
+
+class OneDevice(TorchFunctionMode):
+    """Brings host tensors to `device` where they meet tensors that are there, as when a body reads sizes on the host.
+
+    Outside of it `Constants` must be at work, which keeps them: they are the same each time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        met = {each.device.type for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)}
+        if len(met) > 1:
+            args, kwargs = tree_map(self._brought, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _brought(self, value: Any) -> Any:
+        here = not isinstance(value, torch.Tensor) or value.device.type != "cpu"
+        return value if here else value.to(self.device)
 
 
 class Recorder(Protocol):

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmefficient.bench.timers import Timed
 from mmefficient.graph.block import Rope
-from mmefficient.graph.capture import Captures, Inputs, Recorder
+from mmefficient.graph.capture import Captures, Inputs, OneDevice, Recorder
 from mmefficient.graph.modules import modules_of
 from mmefficient.graph.store import Store
 from mmefficient.graph.tower import lean_tower
@@ -125,7 +125,11 @@ class Engine:
         def plain() -> dict[str, Any]:
             return body({name: _moved(x, self.device) for name, x in fixed.items()})
 
-        out = self.captures.run(key, lambda inputs: body({**fixed, **inputs}), given, plain)
+        def recorded(inputs: Inputs) -> dict[str, Any]:
+            with OneDevice(self.device):
+                return body({**fixed, **inputs})
+
+        out = self.captures.run(key, recorded, given, plain)
         return BaseModelOutputWithPooling(pooler_output=out["features"]), out["tower"]
 
 

@@ -42,7 +42,7 @@ def test_recorded_ids_are_those_of_eager(family: str, plan: str, caplog: pytest.
                 assert run.report() == report
     held = run.report().engine
     assert held["name"] == "graph"
-    assert held["recordings"] >= (4 if family == "qwen2_5_vl" else 6), caplog.text
+    assert held["recordings"] >= 6, caplog.text  # encoder, prompt and step of two batches
     release(model)
 
 
