@@ -58,7 +58,7 @@ def plan_tab(service: Service, inputs: Inputs, folder: Path) -> None:
     @spoken
     def check(text: str, model: str) -> tuple[str, str, str, str | None]:
         """Whether the plan can be used, as a sentence; and the plan as code, command line and policy file."""
-        problem = explain(text, service.model(model).model)
+        problem = explain(text, service.model(model))
         if problem:
             return f"**Not possible:** {problem}", "", "", None
         data = policy(text)

@@ -17,6 +17,7 @@ from mmefficient.errors import InputError, MMEfficientError, PlanError
 from mmefficient.executor import Executor
 from mmefficient.flops import kv_bytes
 from mmefficient.matchers import OWN, WORDS
+from mmefficient.matchers.words import Words
 from mmefficient.methods import method, methods
 from mmefficient.models import adapter_for
 from mmefficient.plan import Plan
@@ -76,7 +77,7 @@ class Service:
     def presets(self, name: str) -> list[str]:
         """No plan, then every method the model can carry with its defaults; a layer it asks for is half the depth."""
         if name not in self._presets:
-            model, found = self.model(name).model, ["none"]
+            model, found = self.model(name), ["none"]
             for kind in methods():
                 fields = {f.name: f.default for f in dataclasses.fields(kind)}
                 required = [field for field, default in fields.items() if default is dataclasses.MISSING]
@@ -162,24 +163,27 @@ def served(text: str) -> Plan:
     Raises:
         PlanError: it cannot be read; or it names a file or a model, which only whoever starts the demo may choose.
     """
+    if len(text) > MAX_QUESTION:
+        raise PlanError(f"The plan has {len(text)} characters; {MAX_QUESTION} are allowed.")
     plan = Plan(text)
     for each in plan.methods:
-        for field, hint in typing.get_type_hints(type(each)).items():
-            value = getattr(each, field)
-            if hint is str and value not in INSIDE:
+        hints = typing.get_type_hints(type(each))
+        for field in dataclasses.fields(each):
+            value, names = getattr(each, field.name), hints[field.name] is str and not field.metadata.get("prose")
+            if names and value not in INSIDE:
                 raise PlanError(
-                    f"{each.name}: {field}={value!r} is a file or a model that this demo does not serve; "
+                    f"{each.name}: {field.name}={value!r} is a file or a model that this demo does not serve; "
                     f"choose from: {', '.join(sorted(INSIDE))}."
                 )
     return plan
 
 
-def explain(text: str, model: Any) -> str | None:
-    """Why the plan in `text` cannot be used on `model`, as a sentence; None = it can."""
+def explain(text: str, vlm: VLM) -> str | None:
+    """Why the plan in `text` cannot be used on a model, as a sentence; None = it can."""
     try:
-        plan = served(text)
-        adapter = adapter_for(model)
-        Executor(model, adapter, plan.methods, Run(str(plan), "apply", adapter))  # checks, and attaches nothing
+        plan, adapter = served(text), adapter_for(vlm.model)
+        run = Run(str(plan), "apply", adapter)
+        Executor(vlm.model, adapter, plan.methods, run, Words(vlm.processor))  # checks, and attaches nothing
     except MMEfficientError as error:
         return str(error)
     return None
@@ -209,11 +213,10 @@ def read_policy(data: bytes) -> str:
         PlanError: no policy, or one with methods that cannot be composed.
     """
     try:
-        return str(Plan.from_dict(json.loads(data.decode())))
-    except MMEfficientError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlanError('This is no policy file: it should hold {"methods": [{"name": ...}, ...]} as JSON.') from error
+        found = json.loads(data.decode())
+    except ValueError as error:
+        raise PlanError("This is no policy file: it is no JSON.") from error
+    return str(Plan.from_dict(found))
 
 
 def snippets(text: str, model: str) -> tuple[str, str]:

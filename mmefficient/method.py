@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from mmefficient.profiles import Checkpoint
 
 
-def about(help: str, quiet: bool = False) -> dict[str, Any]:
+def about(help: str, quiet: bool = False, prose: bool = False) -> dict[str, Any]:
     """Metadata of a method's field; the text is shown by `mmefficient methods` and the demo.
 
     Args:
         quiet: a plan's text leaves the field out while it has its default.
+        prose: the field is a text to be read; other texts may name files and models.
     """
-    return {"help": help, "quiet": quiet}
+    return {"help": help, "quiet": quiet, "prose": prose}
 
 
 SHARED = about(

@@ -82,9 +82,17 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_dict`."""
-        entries = [dict(entry) for entry in data["methods"]]
-        return cls([_make(entry.pop("name"), entry) for entry in entries])
+        """The inverse of `to_dict`.
+
+        Raises:
+            PlanError: the data does not describe a plan.
+        """
+        try:
+            entries = [dict(entry) for entry in data["methods"]]
+            named = [(str(entry.pop("name")), entry) for entry in entries]
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError('a plan as data is {"methods": [{"name": ..., fields}, ...]}.') from error
+        return cls([_make(*each) for each in named])
 
     @contextmanager
     def apply(

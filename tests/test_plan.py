@@ -114,6 +114,12 @@ def test_what_is_not_a_method_is_refused() -> None:
         Plan(FastV())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("data", [{}, [], None, {"methods": 3}, {"methods": [{}]}, {"methods": ["grid"]}])
+def test_data_that_describes_no_plan(data: Any) -> None:
+    with pytest.raises(PlanError, match="a plan as data is"):
+        Plan.from_dict(data)
+
+
 NEEDED = {"layer": 2, "layers": (1,), "from_layer": 2, "exit": 3, "mask": ((0, 0),)}
 STRANGE = ["strange", None, True, 2.5, 10**30, math.inf, math.nan, 1j, b"", {}, {1}]
 STRANGE += [(), (1,), ("a",), ((0,),), ((0, 0),)]

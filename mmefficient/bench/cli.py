@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mmefficient.bench.giving import give, give_file, need_gpu, open_target, picture_size
+from mmefficient.bench.giving import give, give_file, need_gpu, open_target, picture_size, readable_plans
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,7 +19,9 @@ Model = Annotated[
     str,
     typer.Option(help="llava-1.5-7b, llava-1.5-13b, llava-next-7b, qwen2.5-vl-7b, reference, a folder or a hub id."),
 ]
-Plans = Annotated[list[str] | None, typer.Option("--plan", help="A plan to time; repeat for more.")]
+Plans = Annotated[
+    list[str] | None, typer.Option("--plan", help="A plan to time; repeat for more.", callback=readable_plans)
+]
 Engines = Annotated[list[str] | None, typer.Option("--engine", help="Only this engine; repeat for more.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed rounds.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -33,7 +35,7 @@ def latency(
     model: Model = "reference",
     plan: Plans = None,
     engine: Engines = None,
-    batch: Annotated[list[int] | None, typer.Option(help="A batch size; repeat for more.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="A batch size; repeat for more.")] = None,
     repeats: Repeats = 20,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated per row.")] = 16,
     picture: Picture = "672x672",
@@ -64,7 +66,9 @@ def throughput(
     model: Model = "reference",
     plan: Plans = None,
     engine: Engines = None,
-    batch: Annotated[list[int] | None, typer.Option(help="A batch size; repeat for more. 1, 4, 8, 16, 32.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="A batch size; repeat for more. 1, 4, 8, 16, 32.")
+    ] = None,
     repeats: Repeats = 5,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated per row.")] = 16,
     picture: Picture = "672x672",
@@ -95,8 +99,10 @@ def scaling(
     model: Model = "reference",
     plan: Plans = None,
     engine: Engines = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="Visual tokens; repeat for more. 64 to 32768.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="A batch size; repeat for more. 1 and 8.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Visual tokens; repeat for more. 64 to 32768.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="A batch size; repeat for more. 1 and 8.")] = None,
     repeats: Repeats = 5,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -115,7 +121,7 @@ def scaling(
 def rows(
     plan: Plans = None,
     images: Annotated[
-        list[int] | None, typer.Option(help="Pictures of 576 tokens per prompt; repeat for more. 1, 5, 14, 57.")
+        list[int] | None, typer.Option(min=1, help="Pictures of 576 tokens per prompt; repeat for more. 1, 5, 14, 57.")
     ] = None,
     engine: Annotated[list[str] | None, typer.Option(help="graph, the default, or eager; repeat for both.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
@@ -140,7 +146,7 @@ def rows(
 def reuse(
     plan: Plans = None,
     images: Annotated[
-        list[int] | None, typer.Option(help="Pictures of 576 tokens per prompt; repeat for more. 1, 5, 14.")
+        list[int] | None, typer.Option(min=1, help="Pictures of 576 tokens per prompt; repeat for more. 1, 5, 14.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions in a batch, about the same pictures.")] = 1,
     repeats: Repeats = 5,
@@ -257,7 +263,9 @@ def evidence(
     limit: Annotated[int | None, typer.Option(min=1, help="Questions in all, spread over the kinds.")] = None,
     budget: Annotated[list[float] | None, typer.Option(help="Only this share of tokens; repeat for more.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only plans with this method; repeat for more.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="A batch size to time; repeat for more. 1 and 8.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="A batch size to time; repeat for more. 1 and 8.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions per batch.")] = None,
     engine: Annotated[str, typer.Option(help="What runs the timed plans; eager where it cannot.")] = "eager",
     kind: Annotated[list[str] | None, typer.Option(help="Only this kind of question; repeat for more.")] = None,

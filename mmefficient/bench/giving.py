@@ -24,6 +24,15 @@ def open_target(model: str, device: str, dtype: str, *, small: bool = False) -> 
     return Target.open(model, device, dtype, small=small)
 
 
+def readable_plans(plans: list[str] | None) -> list[str] | None:
+    """The plans as they are; one that cannot be read raises PlanError before a model is loaded."""
+    from mmefficient.plan import Plan
+
+    for text in plans or []:
+        Plan(text)
+    return plans
+
+
 def need_gpu(what: str) -> None:
     """Raises InputError if no GPU can make `what`."""
     import torch

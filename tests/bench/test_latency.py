@@ -15,7 +15,7 @@ from mmefficient.bench.cli import app
 from mmefficient.bench.engines import Engine, Runner
 from mmefficient.bench.floors import Ceilings
 from mmefficient.bench.measure import realised
-from mmefficient.errors import InputError, MMEfficientError, ModelError
+from mmefficient.errors import InputError, MMEfficientError, ModelError, PlanError
 from mmefficient.plan import Plan
 from tests.tiny import build, collate, prompt
 from tests.tiny_checkpoint import save
@@ -165,3 +165,6 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
         run("latency", "--picture", "wide")
     with pytest.raises(ModelError):
         run("latency", "--model", "llava-9000")
+    assert run("latency", "--batch", "0").exit_code == run("scaling", "--tokens", "0").exit_code == 2
+    with pytest.raises(PlanError, match="fastvv"):  # before the model
+        run("latency", "--model", "llava-9000", "--plan", "fastvv(keep=0.5)")

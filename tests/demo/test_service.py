@@ -71,7 +71,7 @@ def test_every_preset_answers(service: demo_service.Service) -> None:
 
 
 def test_plans_are_put_together_and_explained(service: demo_service.Service) -> None:
-    model = service.model("reference").model
+    model = service.model("reference")
     plan = demo_service.add_method("none", "fastv", {"layer": "2", "keep": "0.25"})
     assert plan == "fastv(layer=2,keep=0.25)"
     assert demo_service.add_method(plan, "exit", {"layer": "8"}) == plan + "+exit(layer=8)"
@@ -81,6 +81,9 @@ def test_plans_are_put_together_and_explained(service: demo_service.Service) -> 
     assert demo_service.explain(plan, model) is None
     assert "layers 0 to 11" in str(demo_service.explain("exit(layer=40)", model))
     assert "did you mean 'fastv'" in str(demo_service.explain("fastvv(layer=2)", model))
+    assert demo_service.explain("icd(role='You are blind.')", model) is None
+    assert "are allowed" in str(demo_service.explain(f"icd(role={'a' * 5000})", model))
+    assert any(preset.startswith("icd(") for preset in service.presets("reference"))
 
 
 def test_nothing_is_fetched_for_the_choice_of_plans(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +104,7 @@ def test_a_plan_leads_to_no_file_and_no_model(
         service.measure("reference", picture, "What?", ["none", plan])
     with pytest.raises(PlanError, match="does not serve"):
         next(service.stream("reference", picture, "What?", plan))
-    assert "does not serve" in str(demo_service.explain(plan, service.model("reference").model))
+    assert "does not serve" in str(demo_service.explain(plan, service.model("reference")))
 
 
 def test_a_warm_measurement_asks_no_more_than_it_reports(

@@ -24,7 +24,7 @@ class ICD(View):
 
     alpha: float = field(default=1.0, metadata=about("weight of the contrast"))
     beta: float = field(default=0.1, metadata=about("least probability of a token, as a share of the likeliest's"))
-    role: str = field(default=ROLE, metadata=about("text that the second stream reads first", quiet=True))
+    role: str = field(default=ROLE, metadata=about("text that the second stream reads first", quiet=True, prose=True))
 
     def __post_init__(self) -> None:
         super().__post_init__()
