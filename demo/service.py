@@ -7,6 +7,7 @@ import json
 import statistics
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from shlex import quote
 from typing import Any
 
 from PIL import Image
@@ -227,4 +228,5 @@ def snippets(text: str, model: str) -> tuple[str, str]:
         f"vlm = mm.VLM.from_pretrained({model!r}, plan={plan!r})\n"
         'print(vlm.ask("picture.png", "What is in the picture?").text)\n'
     )
-    return python, f"mmefficient ask picture.png 'What is in the picture?' --model {model} --plan '{plan}'"
+    line = f"mmefficient ask picture.png 'What is in the picture?' --model {quote(model)} --plan {quote(plan)}"
+    return python, line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from keyword import iskeyword
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmefficient.decisions import TowerLayer
@@ -71,4 +72,5 @@ class Method:
 
 def _text(value: object) -> str:
     """A field's value as a plan's text has it: names stand for themselves, other strings are quoted."""
-    return repr(value) if isinstance(value, str) and not value.isidentifier() else str(value)
+    name = isinstance(value, str) and value.isidentifier() and not iskeyword(value)
+    return repr(value) if isinstance(value, str) and not name else str(value)

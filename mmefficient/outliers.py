@@ -40,7 +40,7 @@ def with_rest(
     place = torch.arange(width, device=kept.device)
     others = tokens.valid & ~kept
     room = kept.sum(1, keepdim=True) < torch.tensor(counts, device=kept.device)[:, None]
-    home = torch.where(others & room, place, -1).amax(1, keepdim=True)  # -1: there is no such token
+    home = place.masked_fill(~(others & room), -1).amax(1, keepdim=True)  # -1: there is no such token
     chosen = kept | (place == home)
     selection = order_selection(torch.where(chosen, place, place + width).argsort(dim=1), counts)
     at = selection.index[..., None].expand(-1, -1, width)

@@ -56,7 +56,8 @@ class Plan:
         return f"Plan({str(self)!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Plan) and self.methods == other.methods
+        # in Python 1 == 1.0, but keep=1 is one token and keep=1.0 all of them
+        return isinstance(other, Plan) and self.methods == other.methods and str(self) == str(other)
 
     def __hash__(self) -> int:
         return hash(self.methods)

@@ -76,7 +76,7 @@ class Reducer(Method):
     needs: ClassVar[frozenset[str]] = frozenset()
     """What the method asks for: see `VisualTokens`; "full_grid": every view of a unit is a complete grid."""
     adaptive: ClassVar[bool] = False
-    """Whether budgets depend on what the tokens hold (`choose`), which costs one wait for the device."""
+    """Whether budgets depend on what the tokens hold (`choose`), at one wait for the device; may be a property."""
     weighted: ClassVar[bool] = False
     """Whether keys count by their size from the site on, also for later tokens (log of the size on their logits)."""
     shared_by: ClassVar[Scope] = "image"

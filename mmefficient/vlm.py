@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from mmefficient.bench.timers import StageTimer
 from mmefficient.chat import Chat
@@ -23,6 +22,7 @@ from mmefficient.plan import Plan
 from mmefficient.report import Report
 from mmefficient.retention import Retained
 from mmefficient.reuse import Encoded, encode
+from mmefficient.streaming import pieces
 
 MAX_NEW_TOKENS = 128
 
@@ -167,33 +167,12 @@ class VLM:
             raise InputError("stream has a streamer of its own; pass yours to ask.")
         chosen = self._plan(plan)
         inputs = self._encode([[user_message(as_list(image), question)]], chosen)
-        return self._stream(inputs, chosen, generate_kwargs)
 
-    def _stream(self, inputs: Any, plan: Plan, generate_kwargs: dict[str, Any]) -> Iterator[str]:
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        closed = threading.Event()
-        failures: list[BaseException] = []
-        stopping = StoppingCriteriaList([*(generate_kwargs.get("stopping_criteria") or ()), _StopWhen(closed)])
-        options = {**generate_kwargs, "streamer": streamer, "stopping_criteria": stopping}
+        def generate(options: dict[str, Any]) -> None:
+            with self._lock, chosen.apply(self.model, tokenizer=Words(self.processor), engine=self.engine):
+                self._generate(inputs, options)
 
-        def work() -> None:
-            try:
-                with self._lock, plan.apply(self.model, tokenizer=Words(self.processor), engine=self.engine):
-                    self._generate(inputs, options)
-            except BaseException as error:
-                failures.append(error)
-            finally:
-                streamer.end()
-
-        worker = threading.Thread(target=work, name="mmefficient-stream", daemon=True)
-        worker.start()
-        try:
-            yield from (piece for piece in streamer if piece)
-        finally:
-            closed.set()
-            worker.join()
-        if failures:
-            raise failures[0]
+        return pieces(generate, self.processor.tokenizer, generate_kwargs)
 
     def _answer(
         self,
@@ -274,6 +253,7 @@ class VLM:
         pixels = pixel_options(self.processor, self.model.device)
         if pixels:
             conversations = [[on_device(message, pixels["device"]) for message in each] for each in conversations]
+        padding = len(conversations) > 1  # some tokenizers have nothing to pad with
         try:
             inputs = self.processor.apply_chat_template(
                 conversations,
@@ -281,7 +261,7 @@ class VLM:
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left", "images_kwargs": pixels},
+                processor_kwargs={"padding": padding, "padding_side": "left", "images_kwargs": pixels},
             )
         except ValueError as error:
             raise InputError(f"The model's processor refuses the input: {error}") from error
@@ -306,14 +286,6 @@ class VLM:
                 options = {"temperature": None, "top_p": None, "top_k": None, **options}
         output = self.model.generate(**inputs, **options)
         return getattr(output, "sequences", output)
-
-
-class _StopWhen(StoppingCriteria):
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
 def _row_of(report: Report, row: int, generated_tokens: int) -> Report:

@@ -34,6 +34,7 @@ def test_text_is_read_and_written() -> None:
     assert Plan("grid") == Plan("grid()")
     assert Plan("random(positions=compact)") == Plan("random(positions='compact')") != Plan("random")
     assert hash(Plan(text)) == hash(plan)
+    assert Plan("grid(keep=1)") != Plan("grid(keep=1.0)")
 
 
 @pytest.mark.parametrize("empty", ["", " ", "none", None, []])
@@ -121,7 +122,7 @@ def test_data_that_describes_no_plan(data: Any) -> None:
 
 
 NEEDED = {"layer": 2, "layers": (1,), "from_layer": 2, "exit": 3, "mask": ((0, 0),)}
-STRANGE = ["strange", None, True, 2.5, 10**30, math.inf, math.nan, 1j, b"", {}, {1}]
+STRANGE = ["strange", "None", "it's", None, True, 2.5, 10**30, math.inf, math.nan, 1j, b"", {}, {1}]
 STRANGE += [(), (1,), ("a",), ((0,),), ((0, 0),)]
 
 
@@ -139,7 +140,7 @@ def test_fields_take_a_value_of_their_type_or_raise(method: Any) -> None:
             else:
                 assert Plan(str(plan)) == plan == Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
                 assert hash(Plan(str(plan))) == hash(plan)
-        assert refused >= len(STRANGE) - 4
+        assert refused >= len(STRANGE) - 5
 
 
 def test_mode_is_checked() -> None:

@@ -142,6 +142,15 @@ def test_what_the_processor_refuses_is_an_input_error() -> None:
         vlm.ask(Image.new("RGB", (1000, 2)), QUESTION)
 
 
+def test_a_tokenizer_without_padding_answers_one_question_at_a_time() -> None:
+    vlm = mm.VLM(build("llava"), processor())
+    expected = vlm.ask(WIDE, QUESTION, max_new_tokens=3).text
+    vlm.processor.tokenizer.pad_token = None
+    assert vlm.ask(WIDE, QUESTION, max_new_tokens=3).text == expected
+    with pytest.raises(InputError, match="pad_token"):
+        vlm.ask_batch([(WIDE, QUESTION), (WIDE, "a?")], max_new_tokens=3)
+
+
 def test_greedy_decoding_does_not_warn_about_sampling_defaults(caplog: pytest.LogCaptureFixture) -> None:
     vlm = mm.VLM(build("llava"), processor())
     vlm.model.generation_config.update(do_sample=True, temperature=0.2, top_p=0.9, top_k=7)

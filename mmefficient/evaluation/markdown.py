@@ -62,13 +62,14 @@ def _verdicts(report: Mapping[str, Any]) -> list[str]:
             [f"`{plan['plan']}`", f"{100 * plan['budget']:.1f} %", *(_rivalry(plan, n, headline, unit) for n in names)]
             for plan in tested
         ]
+        seeds = max(len(plan["rivals"].get("random", ())) for plan in tested)
         parts += [
             f"## Against blind baselines: {headline}",
             _table(["plan", "budget", *(f"− {name}" for name in names)], rows),
             "Baselines keep the plan's mean share of visual tokens over decoder layers (its budget), chosen blindly at "
-            "the language model's input; `random` is the mean of three seeds. Paired differences; **not better** marks "
-            "an interval that does not lie on the good side of zero. A dash: the plan is that baseline, or has no "
-            "budget to match.",
+            f"the language model's input; `random` is the mean of {seeds} seed(s). Paired differences; **not better** "
+            "marks an interval that does not lie on the good side of zero. A dash: the plan is that baseline, or has "
+            "no budget to match.",
         ]
     if report["left_out"]:
         parts.append(_facts({f"`{plan}` could not run": why for plan, why in report["left_out"].items()}))

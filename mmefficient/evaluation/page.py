@@ -53,7 +53,7 @@ def page(report: Mapping[str, Any], pictures: Mapping[tuple[str, str], Path]) ->
         _figure(
             drawn["trade-off"],
             f"{headline} with 95 % intervals against what it costs. Grey: blind baselines at the plans' budgets "
-            "(random: three seeds). Only points on the grey line are worth their cost.",
+            "(random: all seeds). Only points on the grey line are worth their cost.",
         ),
     ]
     if "rivals" in drawn:

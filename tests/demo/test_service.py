@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import shlex
 
 import pytest
 from PIL import Image
@@ -125,6 +126,12 @@ def test_policy_files_come_back_as_the_plan() -> None:
     for broken in (b"", b"\xff", b"[]", b"{}", b'{"methods": [3]}', b'{"methods": [{"name": "nothing"}]}'):
         with pytest.raises(PlanError):
             demo_service.read_policy(broken)
+
+
+def test_snippets_hold_what_needs_quotes() -> None:
+    plan = str(mm.Plan("icd(role='You are blind.')"))
+    _, line = demo_service.snippets(plan, "a folder/model")
+    assert shlex.split(line)[-4:] == ["--model", "a folder/model", "--plan", plan]
 
 
 def test_snippets_run_as_they_stand() -> None:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 PLANS = ["none", "fastv(layer=2,keep=0.5)", "pool(keep=0.3)", "exit(layer=2)", "random(keep=0.5)"]
 PLANS += ["pyramiddrop(shares=(0.6,0.4,0.2))", "cdpruner(keep=0.4,matcher=words,positions=keep)"]
 TOWER = ["visionzip(dominant=0.4,contextual=0.2)", "fastervlm(keep=0.4)", "vispruner(keep=0.4,important=0.5)"]
+TOWER += ["trim(keep=0.4,matcher=words)", "prumerge(keep=0.4)"]
 PLANS += ["composite", "no_visual_self(scope=nothing)", "shortv(layers=(1,3))+skip_ffn(layers=(2,))"]
 PLANS += ["thin_ffn(ratio=3.0)+window2d(radius=1)", "modality_mutual", "fastv(layer=2,keep=0.5)+shortv(layers=(0,1,3))"]
 PLANS += ["block_images+no_visual_self(scope=text,layers=(2,))", "yopo(exit=3,radius=1)"]

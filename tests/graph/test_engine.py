@@ -31,6 +31,8 @@ PLANS = [
     "grid(keep=0.6)+fastv(layer=1,keep=0.5)+exit(layer=3)",
     "pyramiddrop(shares=(0.6,0.4,0.2))",
     "cdpruner(keep=0.4,matcher=words,positions=keep)",
+    "trim(keep=0.4,matcher=words)",
+    "prumerge(keep=0.4,plus=True)+fastv(layer=2,keep=0.5)",
     "cdpruner(keep=0.3,matcher=embeddings,positions=keep,scope=image)+fastv(layer=2,keep=0.5)",
     "composite",
     "saisa",
@@ -47,7 +49,7 @@ CASES = [
     (family, plan)
     for family in tiny.FAMILIES
     for plan in PLANS
-    if family != "qwen2_5_vl" or not any(each in plan for each in ("compact", "visionzip", "saisa"))
+    if family != "qwen2_5_vl" or not any(each in plan for each in ("compact", "visionzip", "saisa", "trim", "prumerge"))
 ]
 
 

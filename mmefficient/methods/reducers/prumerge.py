@@ -24,7 +24,6 @@ class PruMerge(Reducer):
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.15388"
     summary: ClassVar[str] = "keep patches that stand out in the CLS token's attention, and merge the others into them"
     needs: ClassVar[frozenset[str]] = frozenset({"tower"})
-    adaptive: ClassVar[bool] = True
     shared_by: ClassVar[Scope] = "tile"
     space: ClassVar[Literal["lm", "tower"]] = "tower"
     tower_layers: ClassVar[tuple[TowerLayer, ...]] = (LAST,)
@@ -38,6 +37,13 @@ class PruMerge(Reducer):
     positions: Positions = field(
         default="compact", metadata=about("'compact' the position ids, or 'keep' them", quiet=True)
     )
+
+    @property
+    def adaptive(self) -> bool:  # type: ignore[override]
+        return self.keep is None
+
+    def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
+        return self.choose(tokens)[0]
 
     def choose(self, tokens: VisualTokens) -> tuple[Selection, list[int]]:
         assert tokens.tower is not None

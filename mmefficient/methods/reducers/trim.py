@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -20,7 +21,6 @@ class Trim(Reducer):
     summary: ClassVar[str] = "keep the patches that match the question, and one token for the mean of the others"
     many_turns: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"tower", "match"})
-    adaptive: ClassVar[bool] = True
     shared_by: ClassVar[Scope] = "tile"
     space: ClassVar[Literal["lm", "tower"]] = "tower"
 
@@ -35,6 +35,13 @@ class Trim(Reducer):
     positions: Positions = field(
         default="compact", metadata=about("'compact' the position ids, or 'keep' them", quiet=True)
     )
+
+    @property
+    def adaptive(self) -> bool:  # type: ignore[override]
+        return self.keep is None
+
+    def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
+        return self.choose(tokens)[0]
 
     def choose(self, tokens: VisualTokens) -> tuple[Selection, list[int]]:
         assert tokens.match is not None
