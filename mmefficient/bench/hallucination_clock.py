@@ -59,5 +59,5 @@ def added(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
             base = ms
         else:
             attached = ", attached" if row["engine"] == "eager" else ""
-            found[row["plan"]] = f"{ms - base:+.2f} ({100 * (ms / base - 1):+.0f} %{attached})"
+            found[row["plan"]] = f"{ms - base:+.2f} ({round(100 * (ms / base - 1)):+d} %{attached})"
     return found
