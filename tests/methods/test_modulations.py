@@ -395,6 +395,12 @@ def test_refused(plan: str, says: str) -> None:
         Plan("pai(first=3,last=2)")
 
 
+def test_sink_dimensions_that_the_model_has_not() -> None:
+    model, batch = tiny.build("llava"), tiny.ragged_batch("llava")
+    with pytest.raises(PlanError, match="not all below 32"), Plan("var(dims=(3,32))").apply(model):
+        logits(model, batch)
+
+
 @pytest.mark.parametrize("plan", ["vaf(first=0,last=1)", "var(tau=1.5)", "pai(alpha=0.4)"])
 def test_a_prompt_that_ends_with_its_image(plan: str) -> None:
     """No row is after the image; the last one is the image's own."""

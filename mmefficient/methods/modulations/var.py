@@ -54,6 +54,8 @@ class VAR(Modulation):
         size = (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).abs()
         real = prompt.tokens.role != Role.PAD
         if self.dims:
+            if not all(0 <= each < x.shape[-1] for each in self.dims):
+                raise PlanError(f"var: dims={self.dims} are not all below {x.shape[-1]}, the width of the model.")
             largest = size[..., torch.tensor(self.dims, device=x.device)].amax(-1)
         else:
             start = real.long().argmax(1)
