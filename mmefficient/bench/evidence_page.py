@@ -115,6 +115,8 @@ def _apart(label: str) -> str:
 def figure(result: Mapping[str, Any]) -> Figure:
     """Mean accuracy against time to first token (the largest batch), and against tokens; one line per `series`.
 
+    Times of another engine than the clock's (what it cannot run) are hollow, and lines do not lead there.
+
     Raises:
         ImportError: matplotlib is not installed.
     """
@@ -123,10 +125,16 @@ def figure(result: Mapping[str, Any]) -> Figure:
 
     rows, main = result["rows"], headline(result)
     batches = [str(batch) for batch in result["clock"].get("batches", ())]
-    panels = {"visual tokens, mean over layers (%)": lambda row: 100 * row["share"]}
+    own = result["clock"].get("engine")
+
+    def timed(row: Mapping[str, Any]) -> tuple[float | None, Any]:
+        cell = row["clock"].get(batches[-1], {})
+        return cell.get("first", {}).get("median"), cell.get("engine", own)
+
+    panels = {"visual tokens, mean over layers (%)": lambda row: (100 * row["share"], own)}
     if batches:
-        name = f"time to first token, {result['clock']['model']}, batch {batches[-1]} (ms)"
-        panels[name] = lambda row: row["clock"].get(batches[-1], {}).get("first", {}).get("median")
+        of = f"{result['clock']['model']}, batch {batches[-1]}"
+        panels[f"time to first token, {of} (ms; hollow: not on {own})"] = timed
     drawn = Figure(figsize=(6.2 * len(panels), 6.4), layout="constrained")
     axes = drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     lines: dict[str, list[Mapping[str, Any]]] = {}
@@ -141,9 +149,11 @@ def figure(result: Mapping[str, Any]) -> Figure:
     for axis, (title, cost) in zip(axes, panels.items(), strict=True):
         for label, chosen in lines.items():
             name = label.partition("(")[0]
-            points = sorted((cost(row), 100 * row["kinds"][main]["value"]) for row in chosen if cost(row) is not None)
-            if not points:
-                continue
+            points: dict[Any, list[tuple[float, float]]] = {}
+            for row in chosen:
+                at, engine = cost(row)
+                if at is not None:
+                    points.setdefault(engine, []).append((at, 100 * row["kinds"][main]["value"]))
             blind = name in ("random", "grid", "pool", "downsample")
             look: dict[str, Any] = {
                 "color": "black" if name == "random" else colours[name],
@@ -152,7 +162,9 @@ def figure(result: Mapping[str, Any]) -> Figure:
             }
             marker = "s" if blind else MARKERS[kinds[name].index(_apart(label)) % len(MARKERS)]
             look |= {"marker": marker, "lw": 2.2 if name == "random" else 1.1}
-            axis.plot(*zip(*points, strict=True), label=label, **look)
+            for engine, of_engine in points.items():
+                face = None if engine == own else "white"
+                axis.plot(*zip(*sorted(of_engine), strict=True), label=label, mfc=face, **look)
         axis.axhline(100 * rows[0]["kinds"][main]["value"], color="#888888", lw=0.8, ls="--")
         axis.set_xlabel(title)
         axis.grid(alpha=0.25)
