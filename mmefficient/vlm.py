@@ -14,7 +14,7 @@ import torch
 from mmefficient.bench.timers import StageTimer
 from mmefficient.chat import Chat
 from mmefficient.errors import InputError, PlanError
-from mmefficient.graph import EngineName
+from mmefficient.graph import EngineName, named
 from mmefficient.loading import load, pixel_options
 from mmefficient.matchers.words import Words
 from mmefficient.messages import Images, Message, as_list, images_of, on_device, user_message, with_images_read
@@ -51,7 +51,7 @@ class VLM:
         self.model = model
         self.processor = processor
         self.plan = _as_plan(plan)
-        self.engine: EngineName = engine
+        self.engine = named(engine)
         self._lock = threading.Lock()
 
     @classmethod
@@ -74,9 +74,9 @@ class VLM:
 
         Raises:
             ModelError: not a vision-language model, damaged, or not reachable.
-            PlanError: the plan cannot be read. InputError: no such device or dtype.
+            PlanError: the plan cannot be read, or no such engine. InputError: no such device or dtype.
         """
-        parsed = _as_plan(plan)  # a typo should not cost the time of loading a model
+        parsed, engine = _as_plan(plan), named(engine)  # a typo should not cost the time of loading a model
         model, processor = load(name, device=device, dtype=dtype, attn_implementation=attn_implementation)
         return cls(model, processor, parsed, engine)
 

@@ -108,11 +108,13 @@ def test_code_from_the_hub_is_never_run(checkpoint: Path, tmp_path: Path) -> Non
     assert "cannot be loaded" in refused(copy)
 
 
-def test_a_typo_in_the_plan_does_not_wait_for_the_model() -> None:
+def test_a_typo_does_not_wait_for_the_model() -> None:
     from mmefficient import VLM
 
     with pytest.raises(PlanError):
         VLM.from_pretrained("nowhere", plan="fastvv(keep=0.5)")
+    with pytest.raises(PlanError, match="engine='grpah' is none of 'auto', 'graph', 'eager'"):
+        VLM.from_pretrained("nowhere", engine="grpah")  # type: ignore[arg-type]
 
 
 def test_the_reference_name_is_the_embedded_model(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -20,13 +20,26 @@ if TYPE_CHECKING:
     from mmefficient.executor import Executor
     from mmefficient.models.base import Adapter
 
-__all__ = ["EngineName", "attach", "engine_of", "release"]
+__all__ = ["EngineName", "attach", "engine_of", "named", "release"]
 
 EngineName = Literal["auto", "graph", "eager"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 ROPES = ("default", "linear", "llama3", "yarn")
 KNOWN = frozenset({"last_row_attention", "own_row_attention", "tower", "full_grid"})
 
 _engines: WeakKeyDictionary[nn.Module, Engine] = WeakKeyDictionary()
+
+
+def named(engine: str) -> EngineName:
+    """The engine of this name.
+
+    Raises:
+        PlanError: there is none.
+    """
+    for name in ENGINES:
+        if name == engine:
+            return name
+    raise PlanError(f"engine={engine!r} is none of {', '.join(map(repr, ENGINES))}.")
 
 
 def attach(executor: Executor, engine: EngineName) -> list[Callable[[], Any]]:
@@ -38,8 +51,7 @@ def attach(executor: Executor, engine: EngineName) -> list[Callable[[], Any]]:
     Raises:
         PlanError: no such engine. ModelError: "graph", and this model or plan cannot be recorded; says why.
     """
-    if engine not in ("auto", "graph", "eager"):
-        raise PlanError(f"engine={engine!r} is none of 'auto', 'graph' and 'eager'.")
+    engine = named(engine)
     model: Any = executor.model
     if engine == "eager" or not hasattr(model, "generate"):
         return []
