@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmefficient.bench.hallucination_clock import added, measure, timed
-from mmefficient.bench.result import command
+from mmefficient.environment import command
 from mmefficient.errors import MMEfficientError
 from mmefficient.evaluation.metrics.pope import COUNTS
 from mmefficient.evaluation.processes import Processes

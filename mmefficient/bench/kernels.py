@@ -26,8 +26,7 @@ import torch
 from mmefficient.bench import floors
 from mmefficient.bench import kernel_cases as cases
 from mmefficient.bench.kernel_problem import Case
-from mmefficient.bench.result import command
-from mmefficient.environment import collect
+from mmefficient.environment import collect, command
 
 Row = dict[str, Any]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from mmefficient.bench import floors
 from mmefficient.bench.engines import Engine, choose, prepare
 from mmefficient.bench.presets import load
-from mmefficient.environment import collect
+from mmefficient.environment import collect, command
 from mmefficient.errors import InputError
 from mmefficient.loading import resolve_device, resolve_dtype
 from mmefficient.plan import Plan
@@ -57,11 +56,6 @@ class Target:
 
     def plans(self, texts: Sequence[str]) -> list[Plan]:
         return [Plan(text) for text in texts]
-
-
-def command() -> str:
-    """The benchmark that runs, as it would be typed again."""
-    return shlex.join(["mmefficient", *sys.argv[1:]])
 
 
 def header(benchmark: str, target: Target) -> dict[str, Any]:

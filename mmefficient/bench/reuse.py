@@ -20,10 +20,9 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from mmefficient.bench.presets import random_model
-from mmefficient.bench.result import command
 from mmefficient.bench.timers import StageTimer
 from mmefficient.bench.visual_rows import BACKENDS, geometry, prompt
-from mmefficient.environment import collect
+from mmefficient.environment import collect, command
 from mmefficient.plan import Plan
 from mmefficient.reuse import Encoded, encode
 

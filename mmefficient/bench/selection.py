@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from mmefficient.bench.result import command
-from mmefficient.environment import collect
+from mmefficient.environment import collect, command
 from mmefficient.errors import PlanError
 from mmefficient.kernels.greedy_select import Objective, greedy_select
 from mmefficient.loading import resolve_device

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mmefficient.bench.hallucination import CAPTION, EXISTENCE, table, value
-from mmefficient.bench.result import command
-from mmefficient.environment import collect
+from mmefficient.environment import collect, command
 from mmefficient.evaluation.answers import Answer
 from mmefficient.evaluation.generation import Asker, batches, fingerprint
 from mmefficient.evaluation.metrics.chair import Lexicon

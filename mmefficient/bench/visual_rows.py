@@ -25,10 +25,9 @@ from transformers import LogitsProcessor
 
 from mmefficient.bench.floors import measure
 from mmefficient.bench.presets import random_model
-from mmefficient.bench.result import command
 from mmefficient.bench.tables import cell, markdown
 from mmefficient.bench.timers import StageTimer
-from mmefficient.environment import collect
+from mmefficient.environment import collect, command
 from mmefficient.graph import release
 from mmefficient.methods.rows.saisa import PROJECTORS
 from mmefficient.plan import Plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ def run(*arguments: str) -> Any:
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
-def test_latency_writes_what_it_prints(family: str, tmp_path: Path, quick: None) -> None:
+def test_latency_writes_what_it_prints(
+    family: str, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/mmefficient", "bench", "latency"])
     folder, out = save(tmp_path / family, family), tmp_path / "results"
     outcome = run("latency", "--model", str(folder), "--plan", PLAN, *SMALL, "--out", str(out))
     assert outcome.exit_code == 0, outcome.output
