@@ -113,9 +113,29 @@ def mix(
     qkv = product(hidden, (attention.q_proj, attention.k_proj, attention.v_proj), layer.input_layernorm)
     query, key, value = (each.unflatten(-1, (-1, attention.head_dim)) for each in qkv)
     query = rope_store(query, key, value, *rope, keys, values, slots)
-    mixed = attend(query, keys, values, attention.scaling).transpose(1, 2).flatten(2)
-    (hidden,) = product(mixed, (attention.o_proj,), residual=hidden)
-    return hidden
+    return attended(layer, hidden, query, keys, values, attend)
+
+
+def turned(query: torch.Tensor, rope: Rope, keys: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Rotated queries [B, Hq, n, D] of `query` [B, n, Hq, D]; nothing is stored. `keys`, `slots`: as in `block`."""
+    none = query[:, :, :0]
+    return rope_store(query, none, none, *rope, keys[:, :0], keys[:, :0], slots)
+
+
+def store(
+    key: torch.Tensor, value: torch.Tensor, rope: Rope, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Write `key`, which is rotated, and `value` [B, N, Hkv, D]; other arguments are those of `block`."""
+    rope_store(key[:, :, :0], key, value, *rope, keys, values, slots)
+
+
+def attended(
+    layer: Any, rows: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, attend: Attend
+) -> torch.Tensor:
+    """`rows` [B, n, C], which are overwritten, and what attention of `query` [B, Hq, n, D] adds to them."""
+    mixed = attend(query, keys, values, layer.self_attn.scaling).transpose(1, 2).flatten(2)
+    (rows,) = product(mixed, (layer.self_attn.o_proj,), residual=rows)
+    return rows
 
 
 def feed(layer: Any, hidden: torch.Tensor, linears: Sequence[Any] = ()) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mmefficient.graph.block import Attend, feed, mix, product
+from mmefficient.graph.block import Attend, feed, mix, product, store, turned
 from mmefficient.kernels.rms_norm import rms_norm
 from mmefficient.kernels.rope_store import rope_store
 from mmefficient.reduction import Prefill
@@ -52,18 +52,15 @@ def row_block(
     if plan.work.values:
         key, value = product(normed, (projections.k_proj, projections.v_proj))
     else:
-        (key,), (given,) = (
-            product(normed, (projections.k_proj,)),
-            product(slots.text_rows(normed), (projections.v_proj,)),
-        )
+        (key,) = product(normed, (projections.k_proj,))
+        (given,) = product(slots.text_rows(normed), (projections.v_proj,))
         value = slots.put_text(torch.zeros_like(key), given, within=True)
     key, value = key.unflatten(-1, (-1, size)), value.unflatten(-1, (-1, size))
     (query,) = product(slots.text_rows(normed) if score is None else normed, (projections.q_proj,))
     query = query.unflatten(-1, (-1, size))
     if score is None:
-        none = query[:, :, :0]
-        query = rope_store(query, none, none, *slots.text_rope(rope), keys[:, :0], values[:, :0], first)
-        rope_store(key[:, :, :0], key, value, *rope, keys, values, first)
+        query = turned(query, slots.text_rope(rope), keys, first)
+        store(key, value, rope, keys, values, first)
     else:  # whoever scores chooses among all rows
         query = rope_store(query, key, value, *rope, keys, values, first)
         score(query, keys, scale)
