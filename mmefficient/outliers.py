@@ -6,7 +6,20 @@ from collections.abc import Sequence
 
 import torch
 
-from mmefficient.points import Selection, VisualTokens, order_selection
+from mmefficient.points import Reducer, Selection, VisualTokens, order_selection
+
+
+class StandsOut(Reducer):
+    """A reducer whose field `keep` may be None, as many as stand out: its `choose` serves that, and budgets."""
+
+    keep: float | int | None
+
+    @property
+    def adaptive(self) -> bool:  # type: ignore[override]
+        return self.keep is None
+
+    def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
+        return self.choose(tokens)[0]
 
 
 def outliers(scores: torch.Tensor, tokens: VisualTokens) -> list[int]:

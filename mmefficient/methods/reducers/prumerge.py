@@ -9,15 +9,15 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn import functional as F
 
-from mmefficient.outliers import outliers, with_rest, without_rest
-from mmefficient.points import Positions, Reducer, Scope, Selection, TowerLayer, VisualTokens, about
+from mmefficient.outliers import StandsOut, outliers, with_rest, without_rest
+from mmefficient.points import Positions, Scope, Selection, TowerLayer, VisualTokens, about
 
 LAST = TowerLayer(layer=-1, joined=True)
 NEIGHBOURS = 32
 
 
 @dataclass(frozen=True)
-class PruMerge(Reducer):
+class PruMerge(StandsOut):
     """Acts on tower features, per crop, before the projector; one token sums up what is not kept."""
 
     name: ClassVar[str] = "prumerge"
@@ -37,13 +37,6 @@ class PruMerge(Reducer):
     positions: Positions = field(
         default="compact", metadata=about("'compact' the position ids, or 'keep' them", quiet=True)
     )
-
-    @property
-    def adaptive(self) -> bool:  # type: ignore[override]
-        return self.keep is None
-
-    def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
-        return self.choose(tokens)[0]
 
     def choose(self, tokens: VisualTokens) -> tuple[Selection, list[int]]:
         assert tokens.tower is not None

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 
-from mmefficient.outliers import outliers, with_rest, without_rest
-from mmefficient.points import Positions, Reducer, Scope, Selection, VisualTokens, about
+from mmefficient.outliers import StandsOut, outliers, with_rest, without_rest
+from mmefficient.points import Positions, Scope, Selection, VisualTokens, about
 
 
 @dataclass(frozen=True)
-class Trim(Reducer):
+class Trim(StandsOut):
     """Acts on tower features, per crop, before the projector; one token is the mean of what is not kept."""
 
     name: ClassVar[str] = "trim"
@@ -35,13 +34,6 @@ class Trim(Reducer):
     positions: Positions = field(
         default="compact", metadata=about("'compact' the position ids, or 'keep' them", quiet=True)
     )
-
-    @property
-    def adaptive(self) -> bool:  # type: ignore[override]
-        return self.keep is None
-
-    def reduce(self, tokens: VisualTokens, counts: Sequence[int]) -> Selection:
-        return self.choose(tokens)[0]
 
     def choose(self, tokens: VisualTokens) -> tuple[Selection, list[int]]:
         assert tokens.match is not None
