@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -251,15 +252,13 @@ def matches(
         most = int(asks.sum(1).max())
         place = asks.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most].to(embeds.device)
         words = embeds.gather(1, place[..., None].expand(-1, -1, embeds.shape[-1]))
-        texts, inverted = (words, asks.to(embeds.device).gather(1, place)), False
+        texts, match = (words, asks.to(embeds.device).gather(1, place)), partial(MatchTokens.embedded, matcher)
     else:
         patches, texts, inverted = found
+        match = partial(MatchTokens, inverted=inverted)
     if len(patches) % len(rows):
         raise ModelError("the pictures differ in how many patches they have; give the view pictures of one size.")
-    patches, pieces, valid = patches.unflatten(0, (len(rows), -1)), texts[0][rows], texts[1][rows]
-    if found is None:
-        return MatchTokens.embedded(matcher, patches, pieces, valid)
-    return MatchTokens(patches.float(), pieces.float(), valid, inverted)
+    return match(patches.float().unflatten(0, (len(rows), -1)), texts[0][rows].float(), texts[1][rows])
 
 
 def repeated(pictures: Mapping[str, Any], rows: int, repeats: int) -> dict[str, Any]:
