@@ -211,8 +211,13 @@ class Objective(nn.Module):
                     point = point + self.point_loss(layer, hidden, cos, sin, targets, batch["points"])
                 hidden = layer(hidden, attention_mask=None, position_embeddings=(cos, sin), layout_mask=self.mask)
             out["point"] = point / len(POINT_LAYERS)
-            rows = batch["rows"][..., None].expand(-1, -1, hidden.shape[-1])
-            return self.model.lm_head(lm.norm(hidden.gather(1, rows))).float(), out
+            return self._logits_at(hidden, batch), out
+
+    def _logits_at(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Logits fp32 [B, A, vocabulary] at ``batch["rows"]`` of what the last layer gives."""
+        rows = batch["rows"][..., None].expand(-1, -1, hidden.shape[-1])
+        normed = self.model.model.language_model.norm(hidden.gather(1, rows))
+        return self.model.lm_head(normed).float()
 
     def _embed(self, batch: dict[str, Tensor], visual: Tensor) -> Tensor:
         """Text embeddings with the visual tokens in their place, [B, S, D]."""

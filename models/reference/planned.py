@@ -106,8 +106,7 @@ class PlannedObjective(Objective):
             rope = lm.rotary_emb(hidden, self.positions)
             for index in range(len(lm.layers)):
                 hidden = self.layer(index, hidden, rope, features, batch)
-            rows = batch["rows"][..., None].expand(-1, -1, hidden.shape[-1])
-            return self.model.lm_head(lm.norm(hidden.gather(1, rows))).float()
+            return self._logits_at(hidden, batch)
 
     def answer_loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of the answers under the plans, and how many are right."""
